@@ -1,0 +1,1 @@
+"""The Latent Speech-Text Transformer: data, model, training, evaluation."""

@@ -1,0 +1,100 @@
+"""The Latent Speech-Text Transformer, and the token-level model that it is compared with.
+
+::
+
+    h = embed(tokens)                 (T, d_local)
+    h, u = patch encoder(h)           (T, d_local), (P, d_global)
+    z = global transformer(u)         (P, d_global)
+    h = patch decoder(h, z)           (T, d_local)
+    logits = head(norm(h))            (T, V)   next token at every position
+
+    token-level: logits = head(norm(global transformer(embed(tokens))))
+
+Every token passes the encoder and the decoder, text too (a text token is a patch of one), as in the
+authors' code. T tokens, P patches, V ids of the joint vocabulary.
+"""
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+from lst.data.batch import Batch
+from lst.model.config import ModelConfig
+from lst.model.global_transformer import GlobalTransformer
+from lst.model.layers import initialise, token_losses
+from lst.model.patch_decoder import PatchDecoder
+from lst.model.patch_encoder import PatchEncoder
+
+
+class LanguageModel(nn.Module, ABC):
+    """Embedding, a body from tokens to states, norm and head: what both models have in common."""
+
+    def __init__(self, config: ModelConfig, vocabulary_size: int, dim: int) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(vocabulary_size, dim)
+        self.norm = nn.RMSNorm(dim, eps=config.norm_eps)
+        self.head = nn.Linear(dim, vocabulary_size, bias=False)
+
+    @abstractmethod
+    def states(self, batch: Batch) -> Tensor:
+        """(T, d) what the head reads, before its norm."""
+
+    def logits(self, batch: Batch) -> Tensor:
+        """(T, V) scores of the next token at every position."""
+        return self.head(self.norm(self.states(batch)))
+
+    def forward(self, batch: Batch) -> Tensor:
+        """(T,) float32 losses in nats of ``batch.targets``; 0 where there is none."""
+        return token_losses(self.norm(self.states(batch)), self.head, batch.targets)
+
+
+class LatentSpeechTextTransformer(LanguageModel):
+    """Patches in the middle, tokens at both ends."""
+
+    def __init__(self, config: ModelConfig, vocabulary_size: int) -> None:
+        super().__init__(config, vocabulary_size, config.encoder.dim)
+        self.encoder = PatchEncoder(config)
+        self.global_transformer = GlobalTransformer(config)
+        self.decoder = PatchDecoder(config)
+        initialise(self.encoder, 2 * config.encoder.layers + 1)
+        initialise(self.global_transformer, 2 * config.global_transformer.layers)
+        initialise(self.decoder, 3 * config.decoder.layers)
+        initialise(self.embedding, 1)
+        initialise(self.head, 1)
+
+    def states(self, batch: Batch) -> Tensor:
+        h, u = self.encoder(self.embedding(batch.tokens), batch)
+        return self.decoder(h, self.global_transformer(u, batch), batch)
+
+
+class TokenLevelTransformer(LanguageModel):
+    """The baseline: the global transformer alone, every token a patch."""
+
+    def __init__(self, config: ModelConfig, vocabulary_size: int) -> None:
+        super().__init__(config, vocabulary_size, config.global_transformer.dim)
+        self.global_transformer = GlobalTransformer(config)
+        initialise(self.global_transformer, 2 * config.global_transformer.layers)
+        initialise(self.embedding, 1)
+        initialise(self.head, 1)
+
+    def states(self, batch: Batch) -> Tensor:
+        return self.global_transformer(self.embedding(batch.tokens), batch)
+
+
+def build_model(config: ModelConfig, vocabulary_size: int) -> LanguageModel:
+    """A freshly initialised model; under ``torch.device("meta")`` it takes no memory."""
+    kind = LatentSpeechTextTransformer if config.architecture == "lst" else TokenLevelTransformer
+    return kind(config, vocabulary_size)
+
+
+def count_parameters(model: LanguageModel) -> dict[str, int]:
+    """Parameters of each part by its name, in the order of the forward pass, and their ``total``."""
+    counts = {
+        name: sum(parameter.numel() for parameter in part.parameters())
+        for name, part in model.named_children()
+    }
+    order = ("embedding", "encoder", "global_transformer", "decoder", "norm", "head")
+    return {name: counts[name] for name in order if name in counts} | {
+        "total": sum(counts.values())
+    }

@@ -1,0 +1,136 @@
+"""What the patch encoder, the global transformer and the patch decoder are all built from.
+
+A layer is pre-normalised and its two branches are added once each::
+
+    x = x + Wo · attention(rope(Wq · norm(x)), rope(Wk · norm(x)), Wv · norm(x))
+    x = x + W2 · (silu(W1 · norm(x)) * W3 · norm(x))
+
+Shapes are packed: T rows (tokens, or patches in the global transformer), no batch dimension.
+Nothing here knows which rows may see each other; the attention is handed in.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from lst.model.config import StackConfig
+
+# (q, k, v), each (T, H, D), to the attention's output (T, H, D)
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Rotation(NamedTuple):
+    """Cosine and sine of every position's angles, each (T, 1, D / 2) float32."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rotation(positions: Tensor, head_dim: int, theta: float) -> Rotation:
+    """Angles of rotary embeddings for ``positions`` (T,): position · theta^(−2i / D)."""
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+    angles = positions.float()[:, None] * theta ** (-exponents / head_dim)
+    return Rotation(angles.cos()[:, None], angles.sin()[:, None])
+
+
+def rotate(x: Tensor, by: Rotation) -> Tensor:
+    """Turn ``x`` (T, H, D): feature i is paired with i + D/2, as in Llama checkpoints."""
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.cat(
+        (first * by.cos - second * by.sin, second * by.cos + first * by.sin), dim=-1
+    )
+    return turned.to(x.dtype)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU with a hidden width of 8/3 · dim, rounded up to a multiple of 256."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        hidden = -(-(8 * dim // 3) // 256) * 256
+        self.gate_up = nn.Linear(dim, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class SelfAttention(nn.Module):
+    """Projections around an attention over the rows themselves."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.output = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor, by: Rotation, attention: Attention) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        return self.output(attention(rotate(q, by), rotate(k, by), v).flatten(1))
+
+
+class Layer(nn.Module):
+    """One transformer layer."""
+
+    def __init__(self, config: StackConfig, eps: float) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.dim, eps=eps)
+        self.attention = SelfAttention(config.dim, config.heads)
+        self.feed_forward_norm = nn.RMSNorm(config.dim, eps=eps)
+        self.feed_forward = FeedForward(config.dim)
+
+    def forward(self, x: Tensor, by: Rotation, attention: Attention) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), by, attention)
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+def initialise(module: nn.Module, residual_branches: int) -> None:
+    """Truncated normals of deviation fan_in^−½; branches that end on the stream are scaled down.
+
+    A stream that ``residual_branches`` branches add to keeps its scale when each is divided by the
+    square root of their number (GPT-2, section 2.3).
+    """
+    for name, child in module.named_modules():
+        if isinstance(child, nn.Linear):
+            deviation = child.in_features**-0.5
+            if name.endswith(("output", "down")):
+                deviation *= residual_branches**-0.5
+        elif isinstance(child, nn.Embedding):
+            deviation = child.embedding_dim**-0.5
+        else:
+            continue
+        nn.init.trunc_normal_(
+            child.weight, std=deviation, a=-3 * deviation, b=3 * deviation
+        )
+
+
+def token_losses(x: Tensor, head: nn.Linear, targets: Tensor, rows: int = 1024) -> Tensor:
+    """Cross-entropy of every row, without ever holding all logits.
+
+    Args:
+        x: (T, d) what the head reads.
+        head: d → V.
+        targets: (T,) int64 ids; a negative one carries no loss.
+        rows: rows whose logits live at a time. They are computed again in the backward pass.
+
+    Returns:
+        (T,) float32, nats; 0 where the target is negative.
+    """
+
+    def losses(x: Tensor, targets: Tensor) -> Tensor:
+        logits = head(x).float()
+        return F.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
+
+    if not torch.is_grad_enabled():
+        pieces = [losses(*piece) for piece in zip(x.split(rows), targets.split(rows), strict=True)]
+    else:
+        pieces = [
+            checkpoint(losses, *piece, use_reentrant=False)
+            for piece in zip(x.split(rows), targets.split(rows), strict=True)
+        ]
+    return torch.cat(pieces)
