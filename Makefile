@@ -1,0 +1,36 @@
+# make test   everything a change must pass        make train   the demonstration run
+PYTHON ?= python3
+
+BIN := .venv/bin
+STAMP := .venv/setup-done
+NATIVE := $(wildcard lst_kernels/native/src/*)
+
+.PHONY: setup test lint corpus train bench clean
+
+setup: $(STAMP)
+
+# The constraints keep pip on the versions that development is pinned to, torch first of all.
+$(STAMP): pyproject.toml setup.py CMakeLists.txt constraints.txt $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,speech,log,plots]'
+	touch $@
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest
+
+corpus: setup
+	$(BIN)/python -m lst.prepare demo
+
+train: corpus
+	$(BIN)/torchrun --standalone --nproc-per-node 1 -m lst.train demo
+
+bench: setup
+	$(BIN)/pytest benchmarks/ --benchmark-only
+
+clean:
+	rm -rf .venv build dist lst.egg-info lst_kernels/native/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
