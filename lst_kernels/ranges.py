@@ -1,0 +1,230 @@
+"""Which keys each query reads: one contiguous range per query.
+
+Both ends of the range never decrease from one query to the next. So the dense mask is a staircase,
+the queries that read a key are contiguous too, and the transpose is again a :class:`KeyRanges`:
+
+    >>> import torch
+    >>> ranges = KeyRanges(torch.tensor([0, 0, 1, 3]), torch.tensor([1, 2, 3, 3]), num_keys=3)
+    >>> ranges.dense_mask().int()
+    tensor([[1, 0, 0],
+            [1, 1, 0],
+            [0, 1, 1],
+            [0, 0, 0]], dtype=torch.int32)
+    >>> ranges.transpose().dense_mask().int()
+    tensor([[1, 1, 0, 0],
+            [0, 1, 1, 0],
+            [0, 0, 1, 0]], dtype=torch.int32)
+
+Shapes: Q queries, K keys.
+"""
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+__all__ = ["KeyRanges", "causal_ranges"]
+
+
+@dataclass(frozen=True, eq=False)
+class KeyRanges:
+    """Query ``i`` reads keys ``start[i] … stop[i] - 1``; none where ``start[i] == stop[i]``.
+
+    Both ends must not decrease, empty ranges included. The other fields are filled from these: at
+    once, so that every layer and both passes share them. For ranges made on the CPU they are exact
+    and the ranges are validated. For ranges made on another device they are upper bounds and
+    nothing is validated, for either would wait for the device (``LST_KERNELS_CHECK=1`` validates
+    everywhere, at that price).
+
+    Args:
+        start: (Q,) integers, first key that each query reads. Kept as int32.
+        stop: (Q,) integers, one past the last key that each query reads. Kept as int32.
+        num_keys: K.
+
+    Raises:
+        ValueError: a shape, an order or a bound is wrong.
+        TypeError: ``start`` or ``stop`` is not an integer tensor.
+    """
+
+    start: Tensor
+    stop: Tensor
+    num_keys: int
+    #: (K,) int32 each, the transpose: key ``j`` is read by queries query_start[j] … query_stop[j]-1
+    query_start: Tensor = field(init=False)
+    query_stop: Tensor = field(init=False)
+    #: scores needed: the sum of ``stop - start``
+    num_pairs: int = field(init=False)
+    #: the most keys that one query reads, and the most queries that read one key
+    max_keys: int = field(init=False)
+    max_queries: int = field(init=False)
+    #: True where any two ranges are equal or share no key (False on a device: "not known to be")
+    disjoint: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        for name in ("start", "stop"):
+            object.__setattr__(self, name, _as_int32(getattr(self, name), name))
+        if self.start.shape != self.stop.shape:
+            raise ValueError(f"stop has {len(self.stop)} queries, but start has {len(self.start)}")
+        if self.start.device != self.stop.device:
+            raise ValueError(f"stop is on {self.stop.device}, but start is on {self.start.device}")
+        if self.num_keys < 0:
+            raise ValueError(f"num_keys must not be negative; got {self.num_keys}")
+        if _is_host(self.start) or os.environ.get("LST_KERNELS_CHECK") == "1":
+            self.validate()
+        for name, value in _plan(self.start, self.stop, self.num_keys).items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def num_queries(self) -> int:
+        """Q."""
+        return self.start.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.start.device
+
+    def validate(self) -> None:
+        """Raise ValueError unless these are ranges of ``num_keys`` keys whose ends never decrease.
+
+        Waits for the device where the ranges are on one.
+        """
+        if self.num_queries == 0:
+            return
+        backward = self.stop < self.start
+        if backward.any():
+            i = int(backward.nonzero()[0])
+            raise ValueError(
+                f"query {i} starts at {int(self.start[i])}, past its stop {int(self.stop[i])}"
+            )
+        for name, ends in (("start", self.start), ("stop", self.stop)):
+            drops = ends[1:] < ends[:-1]
+            if drops.any():
+                i = int(drops.nonzero()[0]) + 1
+                raise ValueError(
+                    f"{name} must not decrease; at query {i} it falls from "
+                    f"{int(ends[i - 1])} to {int(ends[i])}"
+                )
+        if self.start[0] < 0:
+            raise ValueError(f"start must not be negative; got {int(self.start[0])} at query 0")
+        if self.stop[-1] > self.num_keys:
+            raise ValueError(
+                f"stop reaches {int(self.stop[-1])}, but there are {self.num_keys} keys"
+            )
+
+    def transpose(self) -> "KeyRanges":
+        """For every key, the range of queries that read it. Costs nothing."""
+        return _assemble(
+            start=self.query_start, stop=self.query_stop, num_keys=self.num_queries,
+            query_start=self.start, query_stop=self.stop, num_pairs=self.num_pairs,
+            max_keys=self.max_queries, max_queries=self.max_keys, disjoint=self.disjoint,
+        )  # fmt: skip
+
+    def select_queries(self, index: Tensor) -> "KeyRanges":
+        """The ranges of some of the queries, over the same keys.
+
+        Args:
+            index: (Q',) integers, the queries to keep, in increasing order.
+
+        Raises:
+            ValueError: ``index`` decreases or leaves [0, Q) (told for an ``index`` on the CPU).
+        """
+        if _is_host(index) and index.numel():
+            if index.min() < 0 or index.max() >= self.num_queries:
+                raise ValueError(
+                    f"index must lie in [0, {self.num_queries}); got "
+                    f"{int(index.min())} … {int(index.max())}"
+                )
+            if (index[1:] < index[:-1]).any():
+                raise ValueError("index must not decrease")
+        selected = KeyRanges(self.start[index], self.stop[index], self.num_keys)
+        if _is_host(selected.start):
+            return selected
+        return tighten(selected, max_keys=self.max_keys, disjoint=self.disjoint)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "KeyRanges":
+        """The same ranges on another device, with every host value as it was."""
+        return _assemble(**{
+            name: value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
+            for name, value in self.__dict__.items()
+        })  # fmt: skip
+
+    def dense_mask(self) -> Tensor:
+        """(Q, K) bool, True where query ``i`` reads key ``j``. For small inputs: it has Q·K bytes."""
+        keys = torch.arange(self.num_keys, dtype=torch.int32, device=self.device)
+        return (keys >= self.start[:, None]) & (keys < self.stop[:, None])
+
+
+def causal_ranges(
+    cu: Tensor, *, num_rows: int, window: int | None = None, max_length: int, num_live: int
+) -> KeyRanges:
+    """Every row reads the last ``window`` rows of its own sequence, itself included.
+
+    Args:
+        cu: (N+1,) int32, offset of each sequence; last = ``num_rows``.
+        num_rows: rows of the stream: both Q and K.
+        window: how many rows, the row's own counted; None for all of them.
+        max_length: the longest sequence, or more.
+        num_live: rows from this one on read nothing and are read by nothing.
+    """
+    if window is not None and window < 1:
+        raise ValueError(f"window counts the row itself, so it is at least 1; got {window}")
+    row = torch.arange(num_rows, dtype=torch.int32, device=cu.device)
+    start = cu[torch.searchsorted(cu, row, right=True) - 1]
+    if window is not None:
+        start = torch.maximum(start, row - (window - 1))
+    ranges = KeyRanges(start.clamp(max=num_live), (row + 1).clamp(max=num_live), num_rows)
+    return tighten(ranges, max_keys=max_length if window is None else min(window, max_length))
+
+
+def tighten(ranges: KeyRanges, *, max_keys: int, disjoint: bool = False) -> KeyRanges:
+    """Give ranges made on a device the bounds their maker knows; exact ones stay as they are."""
+    if _is_host(ranges.start):
+        return ranges
+    num_pairs = ranges.num_queries * max_keys
+    return _assemble(**ranges.__dict__ | dict(
+        num_pairs=num_pairs, max_keys=max_keys, disjoint=disjoint))  # fmt: skip
+
+
+def _plan(start: Tensor, stop: Tensor, num_keys: int) -> dict[str, Tensor | int | bool]:
+    """The transpose and the host values. Key j is read by the queries with start <= j < stop:
+    those before the first start > j, and from the first stop > j on."""
+    keys = torch.arange(num_keys, dtype=torch.int32, device=start.device)
+    query_start = torch.searchsorted(stop, keys, right=True, out_int32=True)
+    query_stop = torch.searchsorted(start, keys, right=True, out_int32=True)
+    query_stop = torch.maximum(query_start, query_stop)
+    plan: dict[str, Tensor | int | bool] = dict(query_start=query_start, query_stop=query_stop)
+    if not _is_host(start):
+        bounds = dict(max_keys=num_keys, max_queries=len(start), disjoint=False)
+        return plan | bounds | dict(num_pairs=len(start) * num_keys)
+    lengths = stop - start
+    same = (start[1:] == start[:-1]) & (stop[1:] == stop[:-1])
+    return plan | dict(
+        num_pairs=int(lengths.sum(dtype=torch.int64)),
+        max_keys=int(lengths.max()) if len(lengths) else 0,
+        max_queries=int((query_stop - query_start).max()) if num_keys else 0,
+        disjoint=bool((same | (start[1:] >= stop[:-1])).all()),
+    )
+
+
+def _assemble(**fields: object) -> KeyRanges:
+    """A KeyRanges from all of its fields, nothing computed and nothing checked anew."""
+    ranges = object.__new__(KeyRanges)
+    assert fields.keys() == {f.name for f in dataclasses.fields(KeyRanges)}
+    ranges.__dict__.update(fields)
+    return ranges
+
+
+def _as_int32(x: Tensor, name: str) -> Tensor:
+    if not isinstance(x, Tensor) or x.is_floating_point() or x.dtype == torch.bool:
+        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name} must be a tensor of integers; got {kind}")
+    if x.ndim != 1:
+        raise ValueError(f"{name} must have one dimension; got shape {tuple(x.shape)}")
+    return x.to(torch.int32).contiguous()
+
+
+def _is_host(x: Tensor) -> bool:
+    return x.device.type == "cpu"
