@@ -1,0 +1,34 @@
+// What every op family shares: how a function leaves the library, how it is compiled for several
+// instruction sets, and how its work is split among threads.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+// An exported op checks its arguments, does its work, and returns nullptr, or a message of static
+// lifetime saying what the caller must mend. It throws nothing.
+#if defined(_WIN32)
+#define LST_EXPORT extern "C" __declspec(dllexport)
+#else
+#define LST_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+// Marks a function that holds hot loops: one version per x86-64 level, chosen when the library is
+// loaded. A lambda inside would be compiled for the baseline alone, so the loops stand directly in
+// the marked function or in something always inlined into it.
+#if defined(LST_HAS_TARGET_CLONES)
+#define LST_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define LST_CLONES
+#endif
+
+namespace lst {
+
+// Calls body(first, last) on ranges that together cover [0, num_items) once, on up to num_threads
+// threads, the caller's among them. Ranges hold items_per_chunk items, except the last, and are
+// handed out in order to whichever thread is free. A body that writes only rows of its own range
+// gives the same bits for every number of threads. It must not throw.
+void parallel_for(int64_t num_items, int64_t items_per_chunk, int num_threads,
+                  const std::function<void(int64_t first, int64_t last)>& body);
+
+}  // namespace lst
