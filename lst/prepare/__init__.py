@@ -1,0 +1,1 @@
+"""Making corpora: from raw sources to the folders that training reads."""
