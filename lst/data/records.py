@@ -1,0 +1,625 @@
+"""Records on disk: Parquet shards in a folder, described by ``dataset.json``.
+
+    [records] -> interleave -> patching -> packing -> batch
+
+    data/demo/train/speech/
+        shard-00000.parquet ...     one row a record
+        dataset.json                counts, fingerprints, shards; written last
+
+A folder without ``dataset.json`` is not a dataset: a writer that died leaves none. Each shard's
+length and SHA-256 stand in ``dataset.json``, so a truncated, exchanged or damaged shard is an
+error that names the file, never a silent loss of data.
+
+    with RecordWriter(folder, codebook=None, tokenizer=None, num_units=501) as writer:
+        writer.write(record)
+    dataset = Dataset.open(folder)
+    len(dataset), dataset[3]
+"""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lst.errors import UserError
+
+__all__ = [
+    "FRAMES_PER_SECOND",
+    "Dataset",
+    "DatasetInfo",
+    "Record",
+    "RecordWriter",
+    "ShardInfo",
+    "Span",
+    "StoryItem",
+    "Word",
+    "read_items",
+    "validate_record",
+    "write_items",
+]
+
+FRAMES_PER_SECOND = 25  # a speech unit is one frame of 40 ms
+FORMAT = 1  # of dataset.json; raised when an older reader would misread a newer folder
+TASKS = ("storycloze", "topicstorycloze", "hellaswag")
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """A word as it is written, with its punctuation, and the frames in which it is spoken."""
+
+    word: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A half-open range of frames."""
+
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One utterance or text.
+
+    Attributes:
+        units: (F,) int16, speech units at 25 Hz, or None.
+        words: in order, disjoint, inside [0, F); a word too short for the frame rate is empty
+            (start == stop). The frames of no word are silence. None where nothing is aligned.
+        chars: the frames of each character of ``text``, in order, or None.
+        source: the corpus that the record comes from, for people.
+    """
+
+    id: str
+    text: str | None
+    units: np.ndarray | None
+    words: tuple[Word, ...] | None
+    chars: tuple[Span, ...] | None
+    speaker: str | None
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class StoryItem:
+    """A story and the endings to choose from; ``endings[answer]`` is the true one."""
+
+    id: str
+    task: str
+    prompt: Record
+    endings: tuple[Record, ...]
+    answer: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShardInfo:
+    name: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetInfo:
+    """What ``dataset.json`` says.
+
+    Attributes:
+        codebook, tokenizer: fingerprints of the files that made the units and that go with the
+            texts, ``sha256:<hex>``; None where the folder depends on neither.
+        num_units: size of the codebook; units are in [0, num_units).
+    """
+
+    num_records: int
+    num_frames: int
+    num_characters: int
+    codebook: str | None
+    tokenizer: str | None
+    num_units: int
+    shards: tuple[ShardInfo, ...]
+
+    @property
+    def hours(self) -> float:
+        return self.num_frames / FRAMES_PER_SECOND / 3600
+
+
+# Validation ---------------------------------------------------------------------------------------
+
+
+def validate_record(record: Record, num_units: int, where: str) -> None:
+    """Check one record; ``where`` (file and row) opens the message.
+
+    Raises:
+        UserError: neither text nor units; units out of range; words or characters that overlap,
+            run backwards or pass the units; characters that are not the text's.
+    """
+
+    def fail(problem: str) -> None:
+        raise UserError(f"{where}, record {record.id!r}: {problem}")
+
+    if not record.id:
+        fail("expected an id, got an empty string")
+    if record.text is None and record.units is None:
+        fail("expected text or units, got neither")
+    num_frames = 0
+    if record.units is not None:
+        units = record.units
+        if units.ndim != 1 or units.dtype != np.int16:
+            fail(f"expected units of shape (F,) int16, got {units.shape} {units.dtype}")
+        num_frames = len(units)
+        bad = np.flatnonzero((units < 0) | (units >= num_units))
+        if len(bad):
+            fail(f"expected units in [0, {num_units}), got {units[bad[0]]} at frame {bad[0]}")
+    aligned: dict[str, Sequence[Word | Span] | None]
+    aligned = {"word": record.words, "character": record.chars}
+    for kind, spans in aligned.items():
+        if spans is None:
+            continue
+        if record.units is None:
+            fail(f"expected units beside its {kind}s, got none")
+        end = 0
+        for index, span in enumerate(spans):
+            name = f"{kind} {index} [{span.start}, {span.stop})"
+            if span.start > span.stop:
+                fail(f"{name} runs backwards")
+            if span.start < end:
+                fail(f"{name} overlaps the {kind} before it, which stops at frame {end}")
+            if span.stop > num_frames:
+                fail(f"{name} passes the units: expected at most {num_frames} frames")
+            end = span.stop
+    if (
+        record.chars is not None
+        and record.text is not None
+        and len(record.chars) != len(record.text)
+    ):
+        fail(f"expected {len(record.text)} characters aligned, got {len(record.chars)}")
+
+
+# Writing ------------------------------------------------------------------------------------------
+
+_SPAN = [("start", pa.int32()), ("stop", pa.int32())]
+_RECORD_FIELDS = [
+    pa.field("id", pa.string(), nullable=False),
+    pa.field("text", pa.string()),
+    pa.field("units", pa.list_(pa.int16())),
+    pa.field("words", pa.list_(pa.struct([("word", pa.string()), *_SPAN]))),
+    pa.field("chars", pa.list_(pa.struct(_SPAN))),
+    pa.field("speaker", pa.string()),
+    pa.field("source", pa.string(), nullable=False),
+]
+_RECORD_SCHEMA = pa.schema(_RECORD_FIELDS)
+_ITEM_SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("task", pa.string(), nullable=False),
+        pa.field("prompt", pa.struct(_RECORD_FIELDS), nullable=False),
+        pa.field("endings", pa.list_(pa.struct(_RECORD_FIELDS)), nullable=False),
+        pa.field("answer", pa.int32(), nullable=False),
+    ]
+)
+
+
+class RecordWriter:
+    """Writes a dataset folder; a context manager.
+
+    A folder is written afresh: shards and ``dataset.json`` of an earlier writer are removed first.
+    A shard is written under a temporary name and renamed; ``dataset.json`` comes last, and only
+    where the ``with`` block ended without an exception.
+
+    Args:
+        codebook, tokenizer: fingerprints to keep, or None where the records depend on neither.
+        num_units: size of the codebook.
+        rows_per_shard: records in a shard.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        *,
+        codebook: str | None,
+        tokenizer: str | None,
+        num_units: int,
+        rows_per_shard: int = 8192,
+    ) -> None:
+        self.folder = Path(folder)
+        self._fingerprints = {"codebook": codebook, "tokenizer": tokenizer}
+        self._num_units = num_units
+        self._rows_per_shard = rows_per_shard
+        self._rows: list[dict[str, Any]] = []
+        self._shards: list[ShardInfo] = []
+        self._num_records = self._num_frames = self._num_characters = 0
+
+    def __enter__(self) -> Self:
+        _clear(self.folder)
+        return self
+
+    def write(self, record: Record) -> None:
+        """Add one record. Raises UserError where it is not a valid one."""
+        where = f"{self.folder / _shard_name(len(self._shards))}, row {len(self._rows)}"
+        validate_record(record, self._num_units, where)
+        self._rows.append(_record_row(record))
+        self._num_records += 1
+        self._num_frames += 0 if record.units is None else len(record.units)
+        self._num_characters += len(record.text or "")
+        if len(self._rows) == self._rows_per_shard:
+            self._flush()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            return
+        if self._rows:
+            self._flush()
+        if not self._shards:
+            raise UserError(f"{self.folder}: expected records to write, got none")
+        counts = {
+            "num_records": self._num_records,
+            "num_frames": self._num_frames,
+            "num_characters": self._num_characters,
+            "num_units": self._num_units,
+        }
+        _write_info(self.folder, "records", {**counts, **self._fingerprints}, self._shards)
+
+    def _flush(self) -> None:
+        table = pa.Table.from_pylist(self._rows, schema=_RECORD_SCHEMA)
+        self._shards.append(_write_shard(self.folder, _shard_name(len(self._shards)), table))
+        self._rows = []
+
+
+def write_items(
+    folder: Path | str,
+    items: Sequence[StoryItem],
+    *,
+    codebook: str | None,
+    tokenizer: str | None,
+    num_units: int,
+) -> None:
+    """Write story-completion items as a folder of one shard and its ``dataset.json``."""
+    folder = Path(folder)
+    _clear(folder)
+    rows = []
+    for index, item in enumerate(items):
+        _validate_item(item, num_units, f"{folder / _shard_name(0)}, row {index}")
+        rows.append(
+            {
+                "id": item.id,
+                "task": item.task,
+                "prompt": _record_row(item.prompt),
+                "endings": [_record_row(ending) for ending in item.endings],
+                "answer": item.answer,
+            }
+        )
+    if not rows:
+        raise UserError(f"{folder}: expected items to write, got none")
+    shard = _write_shard(folder, _shard_name(0), pa.Table.from_pylist(rows, schema=_ITEM_SCHEMA))
+    counts = {
+        "num_records": len(rows),
+        "num_frames": 0,
+        "num_characters": 0,
+        "num_units": num_units,
+    }
+    for item in items:
+        for record in (item.prompt, *item.endings):
+            counts["num_frames"] += 0 if record.units is None else len(record.units)
+            counts["num_characters"] += len(record.text or "")
+    facts = {**counts, "codebook": codebook, "tokenizer": tokenizer}
+    _write_info(folder, "items", facts, [shard])
+
+
+def _record_row(record: Record) -> dict[str, Any]:
+    row = {name: getattr(record, name) for name in ("id", "text", "units", "speaker", "source")}
+    for name in ("words", "chars"):
+        spans = getattr(record, name)
+        row[name] = None if spans is None else [asdict(span) for span in spans]
+    return row
+
+
+def _shard_name(index: int) -> str:
+    return f"shard-{index:05d}.parquet"
+
+
+def _clear(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "dataset.json").unlink(missing_ok=True)  # first: without it nothing is a dataset
+    for path in folder.glob("shard-*.parquet*"):
+        path.unlink()
+
+
+def _write_shard(folder: Path, name: str, table: pa.Table) -> ShardInfo:
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    content = sink.getvalue()
+    _write_atomically(folder / name, content)
+    return ShardInfo(name, table.num_rows, len(content), hashlib.sha256(content).hexdigest())
+
+
+def _write_info(folder: Path, kind: str, facts: dict[str, Any], shards: list[ShardInfo]) -> None:
+    hours = round(facts["num_frames"] / FRAMES_PER_SECOND / 3600, 4)  # for people; not read back
+    info = {"format": FORMAT, "kind": kind, **facts, "hours": hours}
+    info["shards"] = [asdict(shard) for shard in shards]
+    _write_atomically(folder / "dataset.json", (json.dumps(info, indent=1) + "\n").encode())
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+# Reading ------------------------------------------------------------------------------------------
+
+
+class Dataset(Sequence[Record]):
+    """Random access to the records of a folder.
+
+    A shard is read, checked and kept in memory (as Arrow columns) at the first record asked of it;
+    a record becomes Python objects only when asked for. Sent to another process, a dataset is its
+    folder, opened again; a forked process shares the shards read before.
+
+    Attributes:
+        info: what ``dataset.json`` says.
+        fingerprint: ``sha256:<hex>`` of ``dataset.json``, and so of everything in the folder.
+    """
+
+    def __init__(self, folder: Path, info: DatasetInfo, fingerprint: str) -> None:
+        self.folder = folder
+        self.info = info
+        self.fingerprint = fingerprint
+        self._first_rows = np.cumsum([0, *(shard.rows for shard in info.shards)])
+        self._columns: list[_Columns | None] = [None] * len(info.shards)
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path | str,
+        *,
+        codebook: str | None = None,
+        tokenizer: str | None = None,
+    ) -> "Dataset":
+        """Open a folder, checking that its shards are there in full length.
+
+        Args:
+            codebook, tokenizer: fingerprints that the caller works with; None to skip the check.
+                A dataset that depends on neither fits every caller.
+
+        Raises:
+            UserError: not a dataset folder, no records, a missing or truncated shard, or units and
+                texts made with other files than the caller's.
+        """
+        folder = Path(folder)
+        info, fingerprint = _read_info(folder, "records", codebook, tokenizer)
+        return cls(folder, info, fingerprint)
+
+    @property
+    def has_speech(self) -> bool:
+        return self.info.num_frames > 0
+
+    def __len__(self) -> int:
+        return self.info.num_records
+
+    def __getitem__(self, index: int) -> Record:  # type: ignore[override]
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of a dataset of {len(self)}")
+        shard = int(np.searchsorted(self._first_rows, index, side="right")) - 1
+        columns = self._columns[shard]
+        if columns is None:
+            columns = _read_columns(self.folder, self.info.shards[shard], self.info.num_units)
+            self._columns[shard] = columns
+        return columns.record(index - int(self._first_rows[shard]))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Dataset, (self.folder, self.info, self.fingerprint)
+
+
+def read_items(
+    folder: Path | str, *, codebook: str | None = None, tokenizer: str | None = None
+) -> list[StoryItem]:
+    """Read what :func:`write_items` wrote; the same checks and errors as :meth:`Dataset.open`."""
+    folder = Path(folder)
+    info, _ = _read_info(folder, "items", codebook, tokenizer)
+    items = []
+    for shard in info.shards:
+        for row, fields in enumerate(_read_table(folder, shard, _ITEM_SCHEMA).to_pylist()):
+            item = StoryItem(
+                id=fields["id"],
+                task=fields["task"],
+                prompt=_row_record(fields["prompt"]),
+                endings=tuple(_row_record(ending) for ending in fields["endings"]),
+                answer=fields["answer"],
+            )
+            _validate_item(item, info.num_units, f"{folder / shard.name}, row {row}")
+            items.append(item)
+    return items
+
+
+def _validate_item(item: StoryItem, num_units: int, where: str) -> None:
+    if item.task not in TASKS:
+        raise UserError(f"{where}, item {item.id!r}: expected a task of {TASKS}, got {item.task!r}")
+    if not 0 <= item.answer < len(item.endings):
+        raise UserError(
+            f"{where}, item {item.id!r}: expected an answer in [0, {len(item.endings)}), "
+            f"got {item.answer}"
+        )
+    for record in (item.prompt, *item.endings):
+        validate_record(record, num_units, where)
+
+
+def _row_record(fields: dict[str, Any]) -> Record:
+    units, words, chars = fields["units"], fields["words"], fields["chars"]
+    return Record(
+        id=fields["id"],
+        text=fields["text"],
+        units=None if units is None else np.array(units, np.int16),
+        words=None if words is None else tuple(Word(**word) for word in words),
+        chars=None if chars is None else tuple(Span(**span) for span in chars),
+        speaker=fields["speaker"],
+        source=fields["source"],
+    )
+
+
+def _read_info(
+    folder: Path, kind: str, codebook: str | None, tokenizer: str | None
+) -> tuple[DatasetInfo, str]:
+    path = folder / "dataset.json"
+    try:
+        content = path.read_bytes()
+    except OSError:
+        raise UserError(
+            f"{folder}: expected a dataset folder, got no readable dataset.json in it "
+            "(its writer did not finish, or the path is another)"
+        ) from None
+    try:
+        facts = json.loads(content)
+        if (facts["format"], facts["kind"]) != (FORMAT, kind):
+            raise UserError(
+                f"{path}: expected {kind} in format {FORMAT}, "
+                f"got {facts['kind']} in format {facts['format']}"
+            )
+        shards = tuple(ShardInfo(**shard) for shard in facts["shards"])
+        names = [name for name in DatasetInfo.__dataclass_fields__ if name != "shards"]
+        info = DatasetInfo(**{name: facts[name] for name in names}, shards=shards)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: expected a dataset's description, got {error!r}") from None
+    if info.num_records == 0 or sum(shard.rows for shard in shards) != info.num_records:
+        raise UserError(
+            f"{path}: expected records and shards that agree, got {info.num_records} records and "
+            f"{sum(shard.rows for shard in shards)} rows in {len(shards)} shards"
+        )
+    wanted = {"codebook": codebook, "tokenizer": tokenizer}
+    for name, expected in wanted.items():
+        got = getattr(info, name)
+        if None not in (expected, got) and expected != got:
+            raise UserError(f"{path}: expected data made with {name} {expected}, got {got}")
+    for shard in shards:
+        _check_shard_file(folder / shard.name, shard)
+    return info, f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
+def _check_shard_file(path: Path, shard: ShardInfo) -> None:
+    if not path.is_file():
+        raise UserError(f"{path}: expected a shard of {shard.rows} records, got no file")
+    if path.stat().st_size != shard.bytes:
+        raise UserError(f"{path}: expected {shard.bytes} bytes, got {path.stat().st_size}")
+
+
+def _read_table(folder: Path, shard: ShardInfo, schema: pa.Schema) -> pa.Table:
+    path = folder / shard.name
+    _check_shard_file(path, shard)
+    content = path.read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != shard.sha256:
+        raise UserError(f"{path}: expected content of SHA-256 {shard.sha256}, got {digest}")
+    # One thread: loader workers already take a core each, and forked threads do not survive.
+    table = pq.read_table(pa.BufferReader(content), use_threads=False)
+    if table.num_rows != shard.rows or not table.schema.equals(schema):
+        raise UserError(
+            f"{path}: expected {shard.rows} rows of {schema.names}, "
+            f"got {table.num_rows} of {table.schema.names}"
+        )
+    return table.combine_chunks()
+
+
+@dataclass(frozen=True, slots=True)
+class _Lists:
+    """A list column as NumPy: row r holds values[offsets[r] : offsets[r + 1]], or is null."""
+
+    null: np.ndarray
+    offsets: np.ndarray
+    values: pa.Array
+
+    @classmethod
+    def of(cls, column: pa.ChunkedArray) -> "_Lists":
+        array = column.chunk(0)
+        return cls(
+            null=array.is_null().to_numpy(zero_copy_only=False),
+            offsets=array.offsets.to_numpy(),
+            values=array.values,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Columns:
+    """A shard in memory: numbers as NumPy views of the Arrow columns, strings as Arrow."""
+
+    table: pa.Table
+    units: _Lists
+    unit_values: np.ndarray
+    words: _Lists
+    word_strings: pa.Array
+    word_spans: np.ndarray  # (W, 2)
+    chars: _Lists
+    char_spans: np.ndarray  # (C, 2)
+
+    def record(self, row: int) -> Record:
+        units = words = chars = None
+        if not self.units.null[row]:
+            units = self.unit_values[self.units.offsets[row] : self.units.offsets[row + 1]]
+        if not self.words.null[row]:
+            start, stop = int(self.words.offsets[row]), int(self.words.offsets[row + 1])
+            strings = self.word_strings.slice(start, stop - start).to_pylist()
+            spans = self.word_spans[start:stop]
+            words = tuple(map(Word, strings, spans[:, 0].tolist(), spans[:, 1].tolist()))
+        if not self.chars.null[row]:
+            spans = self.char_spans[self.chars.offsets[row] : self.chars.offsets[row + 1]]
+            chars = tuple(map(Span, spans[:, 0].tolist(), spans[:, 1].tolist()))
+        names = ("id", "text", "speaker", "source")
+        strings = {name: self.table.column(name)[row].as_py() for name in names}
+        return Record(units=units, words=words, chars=chars, **strings)
+
+
+def _read_columns(folder: Path, shard: ShardInfo, num_units: int) -> _Columns:
+    table = _read_table(folder, shard, _RECORD_SCHEMA)
+    units, words, chars = (_Lists.of(table.column(name)) for name in ("units", "words", "chars"))
+    columns = _Columns(
+        table=table,
+        units=units,
+        unit_values=units.values.to_numpy(zero_copy_only=False),
+        words=words,
+        word_strings=words.values.field("word"),
+        word_spans=_spans(words.values),
+        chars=chars,
+        char_spans=_spans(chars.values),
+    )
+    if not _columns_are_valid(columns, num_units):
+        for row in range(shard.rows):
+            validate_record(columns.record(row), num_units, f"{folder / shard.name}, row {row}")
+    return columns
+
+
+def _spans(values: pa.StructArray) -> np.ndarray:
+    ends = [values.field(name).to_numpy(zero_copy_only=False) for name in ("start", "stop")]
+    return np.stack(ends, axis=1).astype(np.int32)
+
+
+def _columns_are_valid(columns: _Columns, num_units: int) -> bool:
+    """What validate_record checks of units, words and characters, for a whole shard at once."""
+    units = columns.unit_values
+    if len(units) and (units.min() < 0 or units.max() >= num_units):
+        return False
+    num_frames = np.diff(columns.units.offsets)
+    for lists, spans in ((columns.words, columns.word_spans), (columns.chars, columns.char_spans)):
+        counts = np.diff(lists.offsets)
+        rows = np.repeat(np.arange(len(counts)), counts)
+        if np.any(spans[:, 0] > spans[:, 1]) or np.any(spans[:, 0] < 0):
+            return False
+        if np.any(spans[:, 1] > num_frames[rows]):
+            return False
+        if np.any((spans[1:, 0] < spans[:-1, 1]) & (rows[1:] == rows[:-1])):
+            return False
+    return True
