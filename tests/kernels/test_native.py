@@ -199,7 +199,8 @@ def test_a_forked_child_has_threads_of_its_own(large_case):
     child = os.fork()
     if child == 0:
         out, _ = native.patch_pool(*large_case[:2], "max")
-        os._exit(0 if torch.equal(out, expected) else 1)
+        # Compared by numpy: torch's own threads may hang in a forked child.
+        os._exit(0 if (out.numpy() == expected.numpy()).all() else 1)
     deadline = time.monotonic() + 20
     while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
         if time.monotonic() > deadline:
