@@ -37,7 +37,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -255,8 +255,11 @@ class PatchLayout:
         start = self.cu_patches[first].clamp(max=num_live).repeat_interleave(slots)
         stop = self.cu_patches[1:].clamp(max=num_live).repeat_interleave(slots)
         bound = self.num_tokens if window is None else window * self.max_patch_length
-        return tighten(KeyRanges(start, stop, self.num_tokens), disjoint=window == 1,
-                       max_keys=min(bound, self.num_tokens))  # fmt: skip
+        return tighten(
+            KeyRanges(start, stop, self.num_tokens),
+            max_keys=min(bound, self.num_tokens),
+            disjoint=window == 1,
+        )
 
     def tokens_read_patches(self, window: int | None = None, slots: int = 1) -> KeyRanges:
         """The patch decoder: token t reads every slot of the last ``window`` patches (None: of all
@@ -267,23 +270,30 @@ class PatchLayout:
         start = self._first_patches()[self.patch_ids]
         if window is not None:
             start = torch.maximum(start, stop - window)
-        bound = self.max_document_patches
-        return tighten(KeyRanges(start * slots, stop * slots, self.num_patches * slots),
-                       max_keys=slots * (bound if window is None else min(window, bound)))  # fmt: skip
+        bound = self.max_document_patches if window is None else window
+        return tighten(
+            KeyRanges(start * slots, stop * slots, self.num_patches * slots),
+            max_keys=slots * min(bound, self.max_document_patches),
+        )
 
     def sliding_window(self, window: int) -> KeyRanges:
         """Token t reads the last ``window`` tokens of its document, t included. T × T."""
         return causal_ranges(
-            self.cu_tokens, num_rows=self.num_tokens, window=window,
-            max_length=self.max_document_tokens, num_live=self.num_tokens - self.num_dead_tokens,
-        )  # fmt: skip
+            self.cu_tokens,
+            num_rows=self.num_tokens,
+            window=window,
+            max_length=self.max_document_tokens,
+            num_live=self.num_tokens - self.num_dead_tokens,
+        )
 
     def block_causal(self) -> KeyRanges:
         """Patch p reads the patches of its document up to p. P × P."""
         return causal_ranges(
-            self.cu_documents, num_rows=self.num_patches, max_length=self.max_document_patches,
+            self.cu_documents,
+            num_rows=self.num_patches,
+            max_length=self.max_document_patches,
             num_live=self.num_patches - self.num_dead_patches,
-        )  # fmt: skip
+        )
 
     def select_tokens(self, keep: Tensor) -> tuple["PatchLayout", Tensor]:
         """The sub-stream of some of the tokens, in the same P patches and N documents.
@@ -317,10 +327,12 @@ class PatchLayout:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "PatchLayout":
         """The same layout on another device, with every host value as it was."""
-        return dataclasses.replace(self, **{
+        moved: dict[str, Any] = {
             name: value.to(device, non_blocking=non_blocking)
-            for name, value in self.__dict__.items() if isinstance(value, Tensor)
-        })  # fmt: skip
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return dataclasses.replace(self, **moved)
 
     def _first_patches(self) -> Tensor:
         """(P,) int32, the first patch of each patch's document."""
@@ -449,7 +461,7 @@ def _check_offsets(cu_tokens: Tensor, num_tokens: int) -> None:
     if not offsets or offsets[0] != 0 or offsets[-1] != num_tokens or offsets != sorted(offsets):
         raise ValueError(
             f"cu_tokens must rise from 0 to the {num_tokens} tokens of starts; got "
-            f"{offsets if len(offsets) < 10 else offsets[:9] + ['…']}"
+            f"{offsets if len(offsets) < 10 else [*offsets[:9], '…']}"
         )
 
 

@@ -116,11 +116,17 @@ class KeyRanges:
 
     def transpose(self) -> "KeyRanges":
         """For every key, the range of queries that read it. Costs nothing."""
-        return _assemble(
-            start=self.query_start, stop=self.query_stop, num_keys=self.num_queries,
-            query_start=self.start, query_stop=self.stop, num_pairs=self.num_pairs,
-            max_keys=self.max_queries, max_queries=self.max_keys, disjoint=self.disjoint,
-        )  # fmt: skip
+        return assemble(
+            start=self.query_start,
+            stop=self.query_stop,
+            num_keys=self.num_queries,
+            query_start=self.start,
+            query_stop=self.stop,
+            num_pairs=self.num_pairs,
+            max_keys=self.max_queries,
+            max_queries=self.max_keys,
+            disjoint=self.disjoint,
+        )
 
     def select_queries(self, index: Tensor) -> "KeyRanges":
         """The ranges of some of the queries, over the same keys.
@@ -146,13 +152,15 @@ class KeyRanges:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "KeyRanges":
         """The same ranges on another device, with every host value as it was."""
-        return _assemble(**{
-            name: value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
-            for name, value in self.__dict__.items()
-        })  # fmt: skip
+        moved = {
+            name: value.to(device, non_blocking=non_blocking)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return assemble(**vars(self) | moved)
 
     def dense_mask(self) -> Tensor:
-        """(Q, K) bool, True where query ``i`` reads key ``j``. For small inputs: it has Q·K bytes."""
+        """(Q, K) bool, True where query ``i`` reads key ``j``. Q·K bytes: for small inputs."""
         keys = torch.arange(self.num_keys, dtype=torch.int32, device=self.device)
         return (keys >= self.start[:, None]) & (keys < self.stop[:, None])
 
@@ -183,9 +191,12 @@ def tighten(ranges: KeyRanges, *, max_keys: int, disjoint: bool = False) -> KeyR
     """Give ranges made on a device the bounds their maker knows; exact ones stay as they are."""
     if _is_host(ranges.start):
         return ranges
-    num_pairs = ranges.num_queries * max_keys
-    return _assemble(**ranges.__dict__ | dict(
-        num_pairs=num_pairs, max_keys=max_keys, disjoint=disjoint))  # fmt: skip
+    bounds = {
+        "num_pairs": ranges.num_queries * max_keys,
+        "max_keys": max_keys,
+        "disjoint": disjoint,
+    }
+    return assemble(**vars(ranges) | bounds)
 
 
 def _plan(start: Tensor, stop: Tensor, num_keys: int) -> dict[str, Tensor | int | bool]:
@@ -195,21 +206,25 @@ def _plan(start: Tensor, stop: Tensor, num_keys: int) -> dict[str, Tensor | int 
     query_start = torch.searchsorted(stop, keys, right=True, out_int32=True)
     query_stop = torch.searchsorted(start, keys, right=True, out_int32=True)
     query_stop = torch.maximum(query_start, query_stop)
-    plan: dict[str, Tensor | int | bool] = dict(query_start=query_start, query_stop=query_stop)
+    plan: dict[str, Tensor | int | bool] = {"query_start": query_start, "query_stop": query_stop}
     if not _is_host(start):
-        bounds = dict(max_keys=num_keys, max_queries=len(start), disjoint=False)
-        return plan | bounds | dict(num_pairs=len(start) * num_keys)
+        return plan | {
+            "num_pairs": len(start) * num_keys,
+            "max_keys": num_keys,
+            "max_queries": len(start),
+            "disjoint": False,
+        }
     lengths = stop - start
     same = (start[1:] == start[:-1]) & (stop[1:] == stop[:-1])
-    return plan | dict(
-        num_pairs=int(lengths.sum(dtype=torch.int64)),
-        max_keys=int(lengths.max()) if len(lengths) else 0,
-        max_queries=int((query_stop - query_start).max()) if num_keys else 0,
-        disjoint=bool((same | (start[1:] >= stop[:-1])).all()),
-    )
+    return plan | {
+        "num_pairs": int(lengths.sum(dtype=torch.int64)),
+        "max_keys": int(lengths.max()) if len(lengths) else 0,
+        "max_queries": int((query_stop - query_start).max()) if num_keys else 0,
+        "disjoint": bool((same | (start[1:] >= stop[:-1])).all()),
+    }
 
 
-def _assemble(**fields: object) -> KeyRanges:
+def assemble(**fields: object) -> KeyRanges:
     """A KeyRanges from all of its fields, nothing computed and nothing checked anew."""
     ranges = object.__new__(KeyRanges)
     assert fields.keys() == {f.name for f in dataclasses.fields(KeyRanges)}

@@ -1,0 +1,371 @@
+"""Attention in which every query reads one contiguous range of keys.
+
+    out[i] = Σ_j softmax_j(scale · q[i]·k[j]) v[j]      over start[i] <= j < stop[i]
+    lse[i] = log Σ_j exp(scale · q[i]·k[j])
+
+    >>> import torch
+    >>> from lst_kernels import PatchLayout, range_attention
+    >>> layout = PatchLayout.from_lengths([1, 3, 2], [3])
+    >>> slots = torch.randn(3, 8, 64)                 # a query per patch
+    >>> tokens = torch.randn(6, 2, 64)                # keys and values, 4 query heads to each head
+    >>> range_attention(slots, tokens, tokens, layout.patches_read_tokens()).shape
+    torch.Size([3, 8, 64])
+
+Shape letters: T tokens, N documents, Q queries, K keys, Hq/Hkv heads, D head size.
+"""
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from lst_kernels import backends, flash
+from lst_kernels.ranges import KeyRanges, assemble, causal_ranges
+
+__all__ = ["block_causal_attention", "range_attention", "sliding_window_attention"]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@overload
+def range_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranges: KeyRanges,
+    *,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+    backend: str = "auto",
+) -> Tensor: ...
+
+
+@overload
+def range_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranges: KeyRanges,
+    *,
+    scale: float | None = None,
+    return_lse: Literal[True],
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
+
+
+def range_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranges: KeyRanges,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend from every query to its range of keys.
+
+    Args:
+        q: (Q, Hq, D), float32, bfloat16, float16 or float64.
+        k, v: (K, Hkv, D), in q's dtype. Hkv divides Hq: query head h reads key head h·Hkv // Hq.
+        ranges: Q ranges of K keys.
+        scale: factor of the scores; None for D ** -0.5.
+        return_lse: also return lse.
+        backend: a backend's name, or "auto" (see `lst_kernels.backends`).
+
+    Returns:
+        out (Q, Hq, D) in q's dtype, 0 where a range is empty; with ``return_lse`` also lse (Q, Hq),
+        float32 (float64 for float64 inputs), −inf where a range is empty. An empty range sends no
+        gradient. lse is not differentiable.
+
+    Raises:
+        ValueError: a shape or a device does not fit, or the backend asked for cannot run this.
+        TypeError: a dtype does not fit.
+    """
+    _check_heads(q, k, v)
+    _check_ranges(q, k, ranges)
+    chosen = _choose("range_attention", q, backend)
+    out, lse = _attend(q, k, v, ranges, scale, chosen)
+    return (out, lse) if return_lse else out
+
+
+def sliding_window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_tokens: Tensor,
+    *,
+    window: int,
+    max_length: int,
+    ranges: KeyRanges | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attend from every token to the last ``window`` tokens of its document, itself included.
+
+    Args:
+        q: (T, Hq, D), as in `range_attention`.
+        k, v: (T, Hkv, D).
+        cu_tokens: (N+1,) int32, token offset of each document; last = T.
+        window: tokens, the query's own counted. (FlashAttention and torch count without it.)
+        max_length: tokens of the longest document, or more: `PatchLayout.max_document_tokens`.
+        ranges: the same pattern, `PatchLayout.sliding_window`, for the backends that are not
+            FlashAttention. Without it they make it anew, which ``torch.compile`` cannot trace.
+        scale, backend: as in `range_attention`.
+
+    Returns:
+        (T, Hq, D) in q's dtype. Dead tokens get 0, from FlashAttention values without meaning.
+
+    Raises:
+        ValueError, TypeError: as in `range_attention`.
+    """
+    if window < 1:
+        raise ValueError(f"window counts the token itself, so it is at least 1; got {window}")
+    _check_heads(q, k, v)
+    chosen = _choose("sliding_window_attention", q, backend)
+    return _attend_causally(
+        q, k, v, cu_tokens, "cu_tokens", window, max_length, ranges, scale, chosen
+    )
+
+
+def block_causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_units: Tensor,
+    *,
+    max_length: int,
+    ranges: KeyRanges | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attend from every unit to the units of its document up to itself.
+
+    Args:
+        q: (U, Hq, D), as in `range_attention`, for U units: patches, or the tokens of a baseline.
+        k, v: (U, Hkv, D).
+        cu_units: (N+1,) int32, unit offset of each document; last = U.
+        max_length: units of the longest document, or more: `PatchLayout.max_document_patches`.
+        ranges: the same pattern, `PatchLayout.block_causal`; as in `sliding_window_attention`.
+        scale, backend: as in `range_attention`.
+
+    Returns:
+        (U, Hq, D) in q's dtype. Dead units get 0, from FlashAttention values without meaning.
+
+    Raises:
+        ValueError, TypeError: as in `range_attention`.
+    """
+    _check_heads(q, k, v)
+    chosen = _choose("block_causal_attention", q, backend)
+    return _attend_causally(q, k, v, cu_units, "cu_units", None, max_length, ranges, scale, chosen)
+
+
+def _attend_causally(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu: Tensor,
+    cu_name: str,
+    window: int | None,
+    max_length: int,
+    ranges: KeyRanges | None,
+    scale: float | None,
+    chosen: str,
+) -> Tensor:
+    _check_causal(q, k, cu, cu_name)
+    if chosen == "flash":
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        return flash.causal_attention(
+            q, k, v, cu, window=window, max_length=max_length, scale=scale
+        )
+    if ranges is None:
+        _check_offsets(cu, cu_name, len(q), max_length)
+        ranges = causal_ranges(
+            cu, num_rows=len(q), window=window, max_length=max_length, num_live=len(q)
+        )
+    _check_ranges(q, k, ranges)
+    return _attend(q, k, v, ranges, scale, chosen)[0]
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges, scale: float | None, chosen: str
+) -> tuple[Tensor, Tensor]:
+    return torch.ops.lst_kernels.range_attention(
+        q, k, v,
+        ranges.start, ranges.stop, ranges.query_start, ranges.query_stop,
+        q.shape[-1] ** -0.5 if scale is None else scale,
+        ranges.num_pairs, ranges.max_keys, ranges.max_queries, ranges.disjoint,
+        chosen,
+    )  # fmt: skip
+
+
+def _choose(op: str, q: Tensor, asked: str) -> str:
+    if torch.compiler.is_compiling():
+        return backends.choose_traced(asked, op, q.device.type, q.dtype, q.shape[-1], None)
+    return backends.choose(_call(op, q), asked)
+
+
+def _call(op: str, q: Tensor) -> backends.Call:
+    return backends.Call(op, q.device.type, q.dtype, head_dim=q.shape[-1])
+
+
+for _op in __all__:
+    backends.describes(_op)(lambda q, *_, op=_op, **__: _call(op, q))
+
+
+# --- checks, each rule once ---
+
+
+def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, x, shape in (
+        ("q", q, "(Q, Hq, D)"),
+        ("k", k, "(K, Hkv, D)"),
+        ("v", v, "(K, Hkv, D)"),
+    ):
+        if x.ndim != 3:
+            raise ValueError(f"{name} must be {shape}; got shape {tuple(x.shape)}")
+        if x.dtype not in DTYPES:
+            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64; got {x.dtype}")
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} is {x.dtype}, but q is {q.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device}, but q is on {q.device}")
+    if k.shape != v.shape:
+        raise ValueError(f"v has shape {tuple(v.shape)}, but k has {tuple(k.shape)}")
+    if k.shape[2] != q.shape[2]:
+        raise ValueError(f"k has head size {k.shape[2]}, but q has {q.shape[2]}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"k has {k.shape[1]} heads, which does not divide q's {q.shape[1]}")
+
+
+def _check_ranges(q: Tensor, k: Tensor, ranges: KeyRanges) -> None:
+    if q.shape[0] != ranges.start.shape[0]:
+        raise ValueError(f"q has {q.shape[0]} rows, but ranges has {ranges.num_queries} queries")
+    if k.shape[0] != ranges.query_start.shape[0]:
+        raise ValueError(f"k has {k.shape[0]} rows, but ranges is over {ranges.num_keys} keys")
+    if q.device != ranges.start.device:
+        raise ValueError(f"ranges is on {ranges.start.device}, but q is on {q.device}")
+
+
+def _check_causal(q: Tensor, k: Tensor, cu: Tensor, cu_name: str) -> None:
+    if q.shape[0] != k.shape[0]:
+        raise ValueError(f"k has {k.shape[0]} rows, but q has {q.shape[0]}")
+    if cu.ndim != 1 or cu.dtype != torch.int32 or cu.shape[0] == 0:
+        raise TypeError(
+            f"{cu_name} must be (N+1,) int32 offsets; got {cu.dtype} of shape {tuple(cu.shape)}"
+        )
+    if cu.device != q.device:
+        raise ValueError(f"{cu_name} is on {cu.device}, but q is on {q.device}")
+
+
+def _check_offsets(cu: Tensor, cu_name: str, num_rows: int, max_length: int) -> None:
+    """Reads the offsets, so on the CPU alone."""
+    if cu.device.type != "cpu":
+        return
+    lengths = torch.diff(cu)
+    if cu[0] != 0 or (lengths < 0).any():
+        raise ValueError(f"{cu_name} must start at 0 and not decrease")
+    if cu[-1] != num_rows:
+        raise ValueError(f"{cu_name} ends at {int(cu[-1])}, but q has {num_rows} rows")
+    longest = int(lengths.max()) if len(lengths) else 0
+    if longest > max_length:
+        raise ValueError(f"max_length is {max_length}, but a document of {longest} rows is longer")
+
+
+# --- the operator ---
+
+_RANGES = (
+    "Tensor start, Tensor stop, Tensor query_start, Tensor query_stop, float scale, "
+    "SymInt num_pairs, SymInt max_keys, SymInt max_queries, bool disjoint, str backend"
+)
+_lib = torch.library.Library("lst_kernels", "FRAGMENT")
+_lib.define(
+    f"range_attention(Tensor q, Tensor k, Tensor v, {_RANGES}) -> (Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_lib.define(
+    "range_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_RANGES}) -> (Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.impl(_lib, "range_attention", "CompositeExplicitAutograd")
+def _forward(q: Tensor, k: Tensor, v: Tensor, *plan: Any) -> tuple[Tensor, Tensor]:
+    ranges, scale, backend = _unpack(plan)
+    with torch.autocast(q.device.type, enabled=False):
+        return backends.load(backend).range_attention(q, k, v, ranges, scale)
+
+
+@torch.library.register_fake("lst_kernels::range_attention", lib=_lib)
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *plan: Any) -> tuple[Tensor, Tensor]:
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=lse_dtype)
+
+
+@torch.library.impl(_lib, "range_attention_backward", "CompositeExplicitAutograd")
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *plan: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    ranges, scale, backend = _unpack(plan)
+    with torch.autocast(q.device.type, enabled=False):
+        return backends.load(backend).range_attention_backward(
+            grad, q, k, v, out, lse, ranges, scale
+        )
+
+
+@torch.library.register_fake("lst_kernels::range_attention_backward", lib=_lib)
+def _backward_fake(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _unpack(plan: tuple[Any, ...]) -> tuple[KeyRanges, float, str]:
+    start, stop, query_start, query_stop, scale, pairs, max_keys, max_queries, disjoint, name = plan
+    ranges = assemble(
+        start=start, stop=stop, num_keys=query_start.shape[0],
+        query_start=query_start, query_stop=query_stop,
+        num_pairs=pairs, max_keys=max_keys, max_queries=max_queries, disjoint=disjoint,
+    )  # fmt: skip
+    return ranges, scale, name
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, start, stop, query_start, query_stop, *ctx.rest = inputs
+    out, lse = output
+    ctx.save_for_backward(q, k, v, out, lse, start, stop, query_start, query_stop)
+    ctx.mark_non_differentiable(lse)
+
+
+def _differentiate(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.lst_kernels.range_attention_backward(grad, *ctx.saved_tensors, *ctx.rest)
+    return (*grads, *[None] * 10)
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    raise NotImplementedError("range_attention has no second derivative")
+
+
+torch.library.register_autograd(
+    "lst_kernels::range_attention", _differentiate, setup_context=_setup_context, lib=_lib
+)
+torch.library.register_autograd(
+    "lst_kernels::range_attention_backward", _no_second_derivative, lib=_lib
+)
+
+
+# Two products a pair forward (q·k and p·v), four backward (dv, dp, dq, dk). The scores that the
+# backward pass computes again are its own affair: training counts three times the forward pass.
+@register_flop_formula(torch.ops.lst_kernels.range_attention)
+def _forward_flops(q: torch.Size, k: torch.Size, v: torch.Size, *plan: Any, **_: Any) -> int:
+    return 4 * plan[5] * q[1] * q[2]
+
+
+@register_flop_formula(torch.ops.lst_kernels.range_attention_backward)
+def _backward_flops(
+    grad: torch.Size, q: torch.Size, k: torch.Size, v: torch.Size, out: torch.Size,
+    lse: torch.Size, *plan: Any, **_: Any,
+) -> int:  # fmt: skip
+    return 8 * plan[5] * q[1] * q[2]
