@@ -1,0 +1,217 @@
+"""An interleaved document holds every word of its record once, in order; text or frames."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lst.data.interleave import (
+    interleaved_document,
+    item_document,
+    record_document,
+    speech_document,
+    stable_rng,
+    text_document,
+)
+from lst.data.records import Record, Word
+from lst.errors import UserError
+from lst.vocabulary import BOS, EOS, SPEECH, TEXT, Vocabulary
+
+
+class WordTokenizer:
+    """Word ``wN`` is pieces 2N and 2N + 1, so that pieces tell the words they come from."""
+
+    def encode(self, text):
+        return [
+            piece for word in text.split() for piece in (2 * int(word[1:]), 2 * int(word[1:]) + 1)
+        ]
+
+
+TOKENIZER = WordTokenizer()
+VOCABULARY = Vocabulary(num_pieces=1000, num_units=500)
+
+
+def make_record(lengths, gaps, id="r", text=True):
+    """Word i takes lengths[i] frames after gaps[i] frames of silence; gaps has one more. The unit
+    of a frame is its number, modulo the codebook."""
+    words, frame = [], 0
+    for i, (length, gap) in enumerate(zip(lengths, gaps[:-1], strict=True)):
+        words.append(Word(f"w{i}", frame + gap, frame + gap + length))
+        frame += gap + length
+    units = (np.arange(frame + gaps[-1]) % 500).astype(np.int16)
+    spoken = " ".join(word.word for word in words) if text else None
+    return Record(id, spoken, units, tuple(words), None, None, "test")
+
+
+@st.composite
+def records(draw):
+    lengths = draw(st.lists(st.integers(0, 7), min_size=1, max_size=120))
+    gaps = draw(st.lists(st.integers(0, 5), min_size=len(lengths) + 1, max_size=len(lengths) + 1))
+    return make_record(lengths, gaps)
+
+
+def spans_of(document):
+    """[(marker, ids, token position of the first)] of an interleaved document."""
+    tokens = document.tokens
+    assert tokens[0] == BOS
+    assert tokens[-1] == EOS
+    places = np.flatnonzero((tokens == TEXT) | (tokens == SPEECH))
+    assert places[0] == 1
+    stops = [*places[1:], len(tokens) - 1]
+    return [(tokens[p], tokens[p + 1 : q], p + 1) for p, q in zip(places, stops, strict=True)]
+
+
+@given(records(), st.integers(0, 1000))
+@settings(deadline=None, derandomize=True, max_examples=100)
+def test_spans_hold_every_word_once_in_order(record, seed):
+    document = interleaved_document(record, VOCABULARY, TOKENIZER, np.random.default_rng(seed))
+    spans = spans_of(document)
+    markers = [marker for marker, _, _ in spans]
+    assert all(a != b for a, b in itertools.pairwise(markers))
+
+    word, counts, aligned = 0, [], []
+    for marker, ids, start in spans:
+        if marker == TEXT:
+            pieces = VOCABULARY.id_to_piece(ids)
+            count = len(pieces) // 2
+            np.testing.assert_array_equal(pieces, np.arange(2 * word, 2 * (word + count)))
+        else:
+            # The span is a range of the record's frames: the words whose middle lies in it.
+            units = VOCABULARY.id_to_unit(ids)
+            cuts = silence_cuts(record)
+            counted = [n for n in range(len(record.words) - word + 1)
+                       if cuts[word + n] - cuts[word] == len(units)]  # fmt: skip
+            # Empty words may be counted or not; the next text span says which.
+            count = next_text_word(spans, start, len(record.words)) - word
+            assert count in counted
+            first = cuts[word]
+            np.testing.assert_array_equal(units, record.units[first : first + len(units)])
+            for each in record.words[word : word + count]:
+                if each.stop > each.start:
+                    aligned.append((each.start - first + start, each.stop - first + start))
+        counts.append((marker, count))
+        word += count
+    assert word == len(record.words)
+    np.testing.assert_array_equal(document.aligned.reshape(-1, 2), np.array(aligned).reshape(-1, 2))
+    for marker, count in counts[:-1]:
+        low, high = (5, 30) if marker == TEXT else (3, 15)
+        assert low <= count <= high
+    assert counts[-1][1] <= (30 if markers[-1] == TEXT else 15)
+
+
+def silence_cuts(record):
+    """Frames between words: half of each silence to either side, all of it at the two ends."""
+    inner = [(a.stop + b.start) // 2 for a, b in itertools.pairwise(record.words)]
+    return [0, *inner, len(record.units)]
+
+
+def next_text_word(spans, start, num_words):
+    for marker, ids, place in spans:
+        if marker == TEXT and place > start:
+            return VOCABULARY.id_to_piece(int(ids[0])) // 2
+    return num_words
+
+
+def test_a_silence_on_a_switch_is_cut_in_half():
+    # 40 words of 2 frames with silences of 6 between them, 4 before and 10 after all.
+    record = make_record([2] * 40, [4] + [6] * 39 + [10])
+    lengths = set()
+    for seed in range(20):
+        document = interleaved_document(record, VOCABULARY, TOKENIZER, np.random.default_rng(seed))
+        spans = spans_of(document)
+        for place, (marker, ids, _) in enumerate(spans):
+            if marker == SPEECH and 0 < place < len(spans) - 1:
+                lengths.add(len(ids) % 8)  # n words, n - 1 whole silences, 3 frames on either side
+            if marker == SPEECH and place == 0:
+                assert len(ids) % 8 == (4 + 2 + 3) % 8  # all of the silence before the first word
+            if marker == SPEECH and place == len(spans) - 1:
+                assert len(ids) % 8 == (3 + 2 + 10) % 8  # all of the silence after the last
+    assert lengths == {0}
+
+
+def test_either_modality_may_come_first():
+    record = make_record([2] * 60, [1] * 61)
+    first = [
+        interleaved_document(record, VOCABULARY, TOKENIZER, np.random.default_rng(seed)).tokens[1]
+        for seed in range(200)
+    ]
+    assert 70 < np.sum(np.array(first) == TEXT) < 130
+
+
+def test_text_is_tokenised_as_a_stretch_and_not_word_by_word():
+    class Recorder(WordTokenizer):
+        def encode(self, text):
+            calls.append(text)
+            return super().encode(text)
+
+    calls = []
+    record = make_record([2] * 60, [1] * 61)
+    interleaved_document(record, VOCABULARY, Recorder(), np.random.default_rng(1))
+    assert all(len(call.split()) >= 5 for call in calls[:-1])
+
+
+def test_draws_depend_on_the_key_alone():
+    numbers = {stable_rng(*key).integers(1 << 60) for key in
+               [(0, 0, "a"), (0, 0, "b"), (0, 1, "a"), (1, 0, "a"), ("0", 0, "a")]}  # fmt: skip
+    assert len(numbers) == 5
+    # A value fixed for good: a change of hash would change every run that is resumed.
+    assert stable_rng(0, 1, "a").integers(1 << 60) == 23051058612289372
+
+
+def test_text_document_has_no_marker():
+    record = Record("t", "w1 w2", None, None, None, None, "test")
+    document = text_document(record, VOCABULARY, TOKENIZER)
+    assert document.tokens.tolist() == [BOS, 7, 8, 9, 10, EOS]
+    assert document.aligned.shape == (0, 2)
+    assert (document.score_from, document.score_eos, document.breaks) == (0, True, ())
+    chosen = record_document(record, VOCABULARY, TOKENIZER, np.random.default_rng(0))
+    assert chosen.tokens.tolist() == document.tokens.tolist()
+
+
+def test_speech_document_aligns_its_words():
+    record = make_record([3, 0, 2], [2, 1, 0, 0])
+    document = speech_document(record, VOCABULARY)
+    units = VOCABULARY.unit_to_id(np.arange(8)).tolist()
+    assert document.tokens.tolist() == [BOS, SPEECH, *units, EOS]
+    assert document.aligned.tolist() == [[4, 7], [8, 10]]  # the empty word is no patch
+
+
+def test_speech_without_words_is_a_speech_document():
+    record = Record("s", "w1", np.array([3, 4], np.int16), None, None, None, "test")
+    document = record_document(record, VOCABULARY, TOKENIZER, np.random.default_rng(0))
+    assert document.tokens.tolist() == [BOS, SPEECH, 1008, 1009, EOS]
+    with pytest.raises(UserError, match="record 's': expected aligned words to interleave"):
+        interleaved_document(record, VOCABULARY, TOKENIZER, np.random.default_rng(0))
+
+
+PROMPT, ENDING = make_record([2, 1], [1, 0, 0], "p"), make_record([2], [0, 1], "e")
+PROMPT_UNITS, ENDING_UNITS = [1005, 1006, 1007, 1008], [1005, 1006, 1007]
+PROMPT_TEXT, ENDING_TEXT = [5, 6, 7, 8], [5, 6]
+ITEMS = {
+    "T→T": ([BOS, *PROMPT_TEXT, *ENDING_TEXT, EOS], 5, []),
+    "S→S": ([BOS, SPEECH, *PROMPT_UNITS, *ENDING_UNITS, EOS], 6, [[3, 5], [5, 6], [6, 8]]),
+    "S→T": ([BOS, SPEECH, *PROMPT_UNITS, TEXT, *ENDING_TEXT, EOS], 7, [[3, 5], [5, 6]]),
+    "T→S": ([BOS, TEXT, *PROMPT_TEXT, SPEECH, *ENDING_UNITS, EOS], 7, [[7, 9]]),
+}
+
+
+@pytest.mark.parametrize(("mode", "expected"), ITEMS.items(), ids=ITEMS)
+def test_an_ending_starts_a_patch_and_is_all_that_is_scored(mode, expected):
+    tokens, start, aligned = expected
+    document = item_document(PROMPT, ENDING, mode, VOCABULARY, TOKENIZER)
+    assert document.tokens.tolist() == tokens
+    assert document.aligned.tolist() == aligned
+    assert (document.breaks, document.score_from, document.score_eos) == ((start,), start, False)
+
+
+def test_items_lacking_a_modality_are_refused():
+    text = Record("t", "w1", None, None, None, None, "test")
+    mute = make_record([2], [0, 0], "m", text=False)
+    with pytest.raises(UserError, match="record 't': expected speech units"):
+        item_document(text, ENDING, "S→S", VOCABULARY, TOKENIZER)
+    with pytest.raises(UserError, match="record 'm': expected text"):
+        item_document(PROMPT, mute, "T→T", VOCABULARY, TOKENIZER)
+    with pytest.raises(ValueError, match="expected a mode of"):
+        item_document(PROMPT, ENDING, "T→X", VOCABULARY, TOKENIZER)
