@@ -21,6 +21,7 @@ of topic, person, friend and place belongs to one of them for good, whatever the
 """
 
 import hashlib
+import itertools
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ class StoryQuestion:
 
 
 def generate_stories(seed: int, count: int, *, held_out: bool = False) -> Iterator[Story]:
-    """Yield ``count`` distinct stories, the same ones for the same seed on every machine.
+    """Tell ``count`` distinct stories, the same ones for the same seed on every machine.
 
     Args:
         seed: Another seed gives other stories, never of the other side of the split.
@@ -88,9 +89,7 @@ def generate_stories(seed: int, count: int, *, held_out: bool = False) -> Iterat
     if count < 0 or (held_out and count % BLOCK_SIZE):
         expected = f"a multiple of {BLOCK_SIZE}" if held_out else "0 or more"
         raise UserError(f"generate_stories: expected count to be {expected}, got {count}")
-    source = _held_out_stories(seed) if held_out else _training_stories(seed)
-    for _ in range(count):
-        yield next(source)
+    return itertools.islice(_held_out_stories(seed) if held_out else _training_stories(seed), count)
 
 
 def story_questions(stories: Iterable[Story], seed: int) -> list[StoryQuestion]:

@@ -63,18 +63,18 @@ WEATHERS = _words("sunny cloudy windy rainy foggy calm")
 DAYTIMES = _words("morning afternoon evening day")
 TRAITS = _words("brave quiet clever cheerful curious gentle shy lively")
 PLACES = (
-    "in a small village",
+    "in a village",
     "by a wide river",
     "near a dark forest",
-    "in a town by the sea",
-    "on a quiet farm",
+    "by the sea",
+    "on a farm",
     "in a big city",
     "in a green valley",
-    "near the old harbor",
+    "near the harbor",
     "on a busy street",
-    "in a tall blue house",
-    "by the railway station",
-    "on a warm island",
+    "in a blue house",
+    "by the station",
+    "on an island",
 )
 
 # An empty opener starts the sentence at once; it stands as often as all others together.
@@ -91,7 +91,7 @@ OPENINGS = (
 WISH_OPENERS = ("", "", "", "one day, ", "that week, ", "one {weather} {daytime}, ")
 WORK_OPENERS = ("", "", "so ", "first, ")
 TURN_OPENERS = ("", "", "then ", "later, ")
-ENDING_OPENERS = ("", "", "at last, ", "in the end, ")
+ENDING_OPENERS = ("", "", "at last, ", "finally, ")
 
 GOOD_REACTIONS = (
     "{he} felt very happy",
@@ -119,8 +119,8 @@ TOPICS = (
             "{he} planned to surprise {friend} with {a_thing}",
         ),
         works=(
-            "{he} mixed {part} in a wide bowl",
-            "{he} bought {part} at the corner shop",
+            "{he} mixed {part} in a bowl",
+            "{he} bought {part} at the shop",
             "{he} found {part} in the kitchen",
         ),
         good_turns=(
@@ -158,23 +158,23 @@ TOPICS = (
         ),
         works=(
             "{he} dug a bed with {part}",
-            "{he} carried {part} to a sunny corner",
-            "{he} borrowed {part} from the garden shed",
+            "{he} brought {part} to the garden",
+            "{he} borrowed {part} from the shed",
         ),
         good_turns=(
             "{he} watered the soil every single morning",
             "warm rain and bright sun came in turn",
             "{friend} pulled out all the weeds",
-            "{he} kept the goats behind the gate",
+            "{he} kept the goats out",
         ),
         bad_turns=(
             "{he} forgot to water the dry soil",
             "hard frost and strong wind came in turn",
             "{friend} stepped on all the shoots",
-            "{he} let the goats through the gate",
+            "{he} let the goats in",
         ),
         results=(
-            "the {thing} near the fence was {look}",
+            "{his} {thing} was {look}",
             "the {thing} stood there {look}",
             "what {he} had planted was {look}",
         ),
@@ -234,7 +234,7 @@ TOPICS = (
         ),
         works=(
             "{he} began to practice with {part}",
-            "{he} borrowed {part} from the music school",
+            "{he} borrowed {part} from the school",
             "{he} spent {his} coins on {part}",
         ),
         good_turns=(
@@ -266,30 +266,30 @@ TOPICS = (
     Topic(
         name="lost pet",
         wishes=(
-            "{he} wanted to find the lost {thing} of {friend}",
-            "{friend} told {him} that the {thing} had run away",
-            "{he} saw that the {thing} of {friend} was missing",
+            "{he} looked for the lost {thing} of {friend}",
+            "{friend} said that the {thing} had run away",
+            "the {thing} of {friend} was missing",
         ),
         works=(
             "{he} went to look with {part}",
             "{he} put {part} by the open door",
-            "{he} searched the lanes and carried {part}",
+            "{he} walked around with {part}",
         ),
         good_turns=(
             "{he} heard a soft sound behind the barn",
             "fresh tracks led {him} along the path",
             "{friend} saw two eyes shine in the dark",
-            "a farmer pointed to a safe warm corner",
+            "a farmer pointed to a warm corner",
         ),
         bad_turns=(
             "{he} heard no sound behind the barn",
             "heavy rain washed the tracks off the path",
             "{friend} saw nothing at all in the dark",
-            "a farmer shook his head and closed up",
+            "a farmer pointed to a cold corner",
         ),
         results=(
             "the {thing} was {look}",
-            "they saw that the {thing} was {look}",
+            "they saw the {thing} {look}",
             "the animal was {look}",
         ),
         things=(
@@ -403,7 +403,7 @@ TOPICS = (
         ),
         results=(
             "the painted {thing} looked {look}",
-            "the {thing} on the wall looked {look}",
+            "{his} {thing} looked {look}",
             "{his} picture looked {look}",
         ),
         things=(
@@ -423,9 +423,9 @@ TOPICS = (
             "{friend} wished for {a_thing} from the store",
         ),
         works=(
-            "{he} earned money and thought of {part}",
+            "{he} worked and dreamed of {part}",
             "{he} asked the seller about {part}",
-            "{he} read a long page about {part}",
+            "{he} learned all about {part}",
         ),
         good_turns=(
             "{he} put every penny into a jar",
@@ -442,7 +442,7 @@ TOPICS = (
         results=(
             "the {thing} was {look}",
             "they found the {thing} {look}",
-            "what they had wished for was {look}",
+            "what they wished for was {look}",
         ),
         things=(
             Thing("bicycle", "pedals and a bell", "racing along the street", "rusting in a yard"),
@@ -500,11 +500,11 @@ TOPICS = (
         ),
         works=(
             "{he} went and fetched {part}",
-            "{he} examined {part} from all sides",
+            "{he} looked over {part}",
             "{he} ordered {part} from a catalog",
         ),
         good_turns=(
-            "{he} turned every screw until it was tight",
+            "{he} turned every screw with care",
             "the right tool lay in the top drawer",
             "{friend} explained how it was made",
             "{he} stopped to think before each step",
@@ -521,7 +521,7 @@ TOPICS = (
             "after all that it was {look}",
         ),
         things=(
-            Thing("clock", "a spring and two gears", "telling the right hour", "an hour slow"),
+            Thing("clock", "a spring and two gears", "telling the right hour", "ten minutes slow"),
             Thing("boiler", "a valve and copper pipes", "heating the rooms", "puffing out smoke"),
             Thing("tractor", "a tire and an engine belt", "plowing the field", "dead in a ditch"),
             Thing("doorbell", "wires and a button", "ringing for visitors", "mute at the door"),
