@@ -1,0 +1,1 @@
+"""Training: ``torchrun -m lst.train``."""

@@ -1,0 +1,119 @@
+"""``python -m lst.train [PRESET] [--options]``, or the same under ``torchrun``."""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from lst.errors import UserError, run_command
+from lst.presets import DESCRIPTIONS, PRESETS
+from lst.train.config import TrainConfig, differences
+from lst.train.distributed import SharedError, launched_rank
+from lst.train.loop import train
+from lst.train.run_folder import read_run_config
+
+DEFAULT_PRESET = "demo"
+
+# What a run may be resumed with another value of: where things are and how often it tells of them.
+FREE_ON_RESUME = frozenset(
+    {
+        "name",
+        "out",
+        "data.corpus",
+        "data.num_workers",
+        "accumulation",
+        "validate_every",
+        "checkpoint_every",
+        "keep",
+        "log_every",
+        "device",
+        "evaluate",
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """What stands after the preset."""
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    resume: Path | None = None  # go on with the run in this folder, with its own configuration
+
+
+def parse(arguments: list[str]) -> tuple[TrainConfig, bool]:
+    """The configuration that a command line asks for, and whether it resumes a run.
+
+    Raises:
+        UserError: no such preset; nothing to resume; a configuration that contradicts the run's.
+        SystemExit: 0 after ``--help``, 2 after an option that does not parse.
+    """
+    preset, options = None, arguments
+    if arguments and not arguments[0].startswith("-"):
+        preset, *options = arguments
+        if preset not in PRESETS:
+            raise UserError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
+    resumed = _resumed_folder(options)
+    started = None if resumed is None else replace(read_run_config(resumed), out=resumed)
+    base = PRESETS[preset or DEFAULT_PRESET]
+    if started is not None:
+        base = started if preset is None else replace(base, out=started.out)
+    command = tyro.cli(
+        Command,
+        args=options,
+        default=Command(config=base),
+        prog="python -m lst.train [PRESET]",
+        description=_description(),
+        console_outputs=launched_rank() == 0,
+    )
+    if started is not None:
+        _check_same_run(started, command.config)
+    return command.config, started is not None
+
+
+def _resumed_folder(options: list[str]) -> Path | None:
+    """The value of ``--resume``: read first, as the run in it gives the other options' defaults."""
+    for place, option in enumerate(options):
+        if option == "--resume" and place + 1 < len(options):
+            return Path(options[place + 1])
+        if option.startswith("--resume="):
+            return Path(option.removeprefix("--resume="))
+    return None
+
+
+def _check_same_run(started: TrainConfig, asked: TrainConfig) -> None:
+    if asked.out != started.out:
+        raise UserError(f"--out: a run goes on in its own folder, {started.out}; got {asked.out}")
+    for key, before, now in differences(started, asked):
+        if key not in FREE_ON_RESUME:
+            raise UserError(
+                f"--resume {started.out}: expected {key} = {before}, as the run was started, "
+                f"got {now}"
+            )
+
+
+def _description() -> str:
+    width = max(map(len, PRESETS))
+    presets = "\n".join(f"  {name:<{width}}  {DESCRIPTIONS[name]}" for name in PRESETS)
+    return (
+        f"Train a model. Presets (default: {DEFAULT_PRESET}):\n\n{presets}\n\n"
+        "The options show the preset's values. A stopped run goes on by --resume FOLDER alone."
+    )
+
+
+def main() -> None:
+    try:
+        try:
+            config, resume = parse(sys.argv[1:])
+        except UserError as error:  # every rank parses the same command line
+            raise SharedError(str(error)) from None
+        train(config, resume=resume)
+    except SharedError:
+        if launched_rank() == 0:  # which speaks for all
+            raise
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,162 @@
+"""What a training run is made of, as typed values, and the same as strict JSON.
+
+A run's ``config.json`` says everything that its results depend on. Reading is strict: a key that is
+unknown, missing or of another type is an error that names it, never a default taken in silence.
+"""
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from lst.data.loader import DataConfig
+from lst.errors import UserError
+from lst.model import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW under a linear warm-up and a cosine (defaults: paper, section A.2)."""
+
+    lr: float = 4e-4  # at the end of the warm-up
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.1  # of matrices; norms, biases and embeddings do not decay
+    warmup_steps: int = 2000
+    min_lr_ratio: float = 0.01  # of lr, at the end of the run
+    clip: float = 1.0  # largest global norm of the gradient
+
+    def __post_init__(self) -> None:
+        _expect(self.lr > 0, "optimizer.lr", "more than 0", self.lr)
+        for beta in self.betas:
+            _expect(0 <= beta < 1, "optimizer.betas", "numbers in [0, 1)", self.betas)
+        _expect(self.weight_decay >= 0, "optimizer.weight-decay", "0 or more", self.weight_decay)
+        _expect(self.warmup_steps >= 0, "optimizer.warmup-steps", "0 or more", self.warmup_steps)
+        _expect(0 <= self.min_lr_ratio <= 1, "optimizer.min-lr-ratio", "[0, 1]", self.min_lr_ratio)
+        _expect(self.clip > 0, "optimizer.clip", "more than 0", self.clip)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run."""
+
+    name: str  # of the preset that it came from
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    steps: int  # optimizer steps
+    accumulation: int = 1  # micro-batches that a process adds up for one step
+    seed: int = 0  # of the initial weights, the order of the data and the interleaving
+    out: Path = Path("runs/lst")  # the run folder
+    validate_every: int = 500  # steps
+    checkpoint_every: int = 500  # steps
+    keep: int = 2  # newest checkpoints kept
+    log_every: int = 10  # steps
+    precision: Literal["float32", "bfloat16"] = "float32"  # bfloat16: autocast, float32 weights
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
+    evaluate: bool = True  # story completion at the end
+
+    def __post_init__(self) -> None:
+        counts = (
+            "steps",
+            "accumulation",
+            "validate_every",
+            "checkpoint_every",
+            "keep",
+            "log_every",
+        )
+        for name in counts:
+            value = getattr(self, name)
+            _expect(value >= 1, name.replace("_", "-"), "1 or more", value)
+        _expect(0 <= self.seed < 2**63, "seed", "0 or more, below 2^63", self.seed)
+
+
+def _expect(holds: bool, name: str, expected: str, got: object) -> None:
+    if not holds:
+        raise UserError(f"--{name}: expected {expected}, got {got}")
+
+
+def to_json(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as JSON values: paths as strings, tuples as lists."""
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    return values
+
+
+def from_json(values: Any, where: str) -> TrainConfig:
+    """Read what :func:`to_json` gave; ``where`` (the file) opens the message of a UserError."""
+    config: TrainConfig = _read(TrainConfig, values, "", where)
+    return config
+
+
+def read_config(path: Path) -> TrainConfig:
+    """Read a ``config.json``. Raises UserError where it is not one."""
+    try:
+        values = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: no configuration could be read ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"{path}: expected JSON, got {error}") from None
+    return from_json(values, str(path))
+
+
+def differences(first: TrainConfig, second: TrainConfig) -> list[tuple[str, Any, Any]]:
+    """(dotted key, first's value, second's value) wherever two configurations differ."""
+    a, b = _flatten(to_json(first)), _flatten(to_json(second))
+    keys = [*a, *(key for key in b if key not in a)]
+    return [(key, a.get(key), b.get(key)) for key in keys if a.get(key) != b.get(key)]
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else None
+        flat.update(inner or {f"{prefix}{name}": value})
+    return flat
+
+
+def _read(kind: Any, value: Any, key: str, where: str) -> Any:
+    """``value`` as a ``kind``: a dataclass, a builtin, a Path, or a Literal, union, tuple, dict."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        return _read_dataclass(kind, value, key, where)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in parts:
+            return None
+        kinds = [part for part in parts if part is not type(None)]
+        if len(kinds) == 1:
+            return _read(kinds[0], value, key, where)
+    elif origin is Literal and value in parts:
+        return value
+    elif origin is tuple and isinstance(value, list):
+        inner = [parts[0]] * len(value) if parts[-1] is Ellipsis else list(parts)
+        if len(inner) == len(value):
+            return tuple(_read(k, v, key, where) for k, v in zip(inner, value, strict=True))
+    elif origin is dict and isinstance(value, dict):
+        return {name: _read(parts[1], v, f"{key}.{name}", where) for name, v in value.items()}
+    elif kind is float and type(value) in (int, float):
+        return float(value)
+    elif kind is Path and isinstance(value, str):
+        return Path(value)
+    elif type(value) is kind and kind in (int, bool, str):
+        return value
+    name = getattr(kind, "__name__", kind) if origin is None else kind
+    raise UserError(f"{where}: expected {key} to be {name}, got {json.dumps(value)}")
+
+
+def _read_dataclass(kind: Any, values: dict[str, Any], key: str, where: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    names = [field.name for field in dataclasses.fields(kind)]
+    prefix = f"{key}." if key else ""
+    for name in values:
+        if name not in names:
+            raise UserError(f"{where}: unknown key {prefix}{name}")
+    for name in names:
+        if name not in values:
+            raise UserError(f"{where}: missing key {prefix}{name}")
+    fields = {name: _read(hints[name], values[name], f"{prefix}{name}", where) for name in names}
+    try:
+        return kind(**fields)
+    except (UserError, ValueError) as error:
+        raise UserError(f"{where}: {error}") from None

@@ -1,0 +1,65 @@
+"""What a run reads from its corpus folder, opened and checked before the first step."""
+
+from dataclasses import dataclass
+
+from lst.data.loader import DataConfig
+from lst.data.records import Dataset, StoryItem, read_items
+from lst.errors import UserError
+from lst.train.checkpoint import State
+from lst.vocabulary import Tokenizer, Vocabulary
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """A corpus as training sees it; the training records themselves belong to the loader."""
+
+    tokenizer: Tokenizer
+    vocabulary: Vocabulary
+    fingerprints: dict[str, str]  # of the datasets trained on, by name
+    valid: dict[str, Dataset]  # by name
+    items: list[StoryItem]  # stories to complete; none where the corpus has none
+
+
+def open_corpus(config: DataConfig) -> Corpus:
+    """Open tokenizer, datasets and stories.
+
+    Raises:
+        UserError: one is missing, damaged, or made with another tokenizer or codebook.
+    """
+    folder = config.corpus
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder}: expected a corpus folder, got none; "
+            f"make one by python -m lst.prepare demo --out {folder}"
+        )
+    tokenizer = Tokenizer.load(folder / "tokenizer.model")
+    train = {
+        name: Dataset.open(folder / "train" / name, tokenizer=tokenizer.fingerprint)
+        for name in config.mixture
+    }
+    codebooks = {data.info.codebook for data in train.values() if data.info.codebook is not None}
+    if len(codebooks) > 1:
+        raise UserError(f"{folder}: expected units of one codebook, got {sorted(codebooks)}")
+    files = {"tokenizer": tokenizer.fingerprint, "codebook": next(iter(codebooks), None)}
+    names = sorted(path.parent.name for path in (folder / "valid").glob("*/dataset.json"))
+    items = folder / "items"
+    return Corpus(
+        tokenizer=tokenizer,
+        vocabulary=Vocabulary(
+            num_pieces=tokenizer.num_pieces,
+            num_units=max(data.info.num_units for data in train.values()),
+        ),
+        fingerprints={name: data.fingerprint for name, data in train.items()},
+        valid={name: Dataset.open(folder / "valid" / name, **files) for name in names},
+        items=read_items(items, **files) if items.is_dir() else [],
+    )
+
+
+def check_same_data(corpus: Corpus, state: State, where: str) -> None:
+    """Raise UserError where a run is resumed on other data than it was trained on."""
+    for name, expected in state.datasets.items():
+        got = corpus.fingerprints.get(name)
+        if got != expected:
+            raise UserError(f"{where}: was trained on dataset {name!r} {expected}, got {got}")
+    if corpus.vocabulary != state.vocabulary:
+        raise UserError(f"{where}: expected {state.vocabulary}, got {corpus.vocabulary}")

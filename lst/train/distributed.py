@@ -1,0 +1,168 @@
+"""The processes of a run: who they are, what they add up, and how they start and end together.
+
+A command started by ``torchrun`` is one of several ranks; started plainly it is the only one, and
+then no process group exists and every collective below is the identity.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lst.errors import UserError
+
+# The longest that a rank waits for another. Long, as rank 0 alone scores the stories at the end;
+# a rank that dies is noticed by torchrun, which ends the others.
+TIMEOUT = timedelta(hours=2)
+PATIENCE = timedelta(seconds=10)  # the same after an error, which the other ranks may not share
+
+
+class SharedError(UserError):
+    """A UserError that every rank raises alike, so that rank 0 can speak for all."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of a run, seen from one of them."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Add ``tensor`` up over the ranks, in place. On the CPU this asks no GPU to wait."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's ``value``, in the order of the ranks."""
+        values = [value]
+        if self.size > 1:
+            values = [None] * self.size
+            dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        self.sum(torch.zeros(1))
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """``model`` with its gradients averaged over the ranks as backward goes."""
+        if self.size == 1:
+            return model
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Whatever UserError a rank meets in the block, every rank raises after it.
+
+        Every rank must enter; the block itself must hold no collective.
+
+        Raises:
+            SharedError: the message of the lowest rank that met one.
+        """
+        message = None
+        try:
+            yield
+        except UserError as error:
+            message = str(error)
+        if self.sum(torch.tensor(int(message is not None))):
+            raise SharedError(next(m for m in self.gather(message) if m is not None))
+
+
+def launched_rank() -> int:
+    """The rank that torchrun gave this process; 0 for one started plainly."""
+    return int(os.environ.get("RANK", "0"))
+
+
+@contextmanager
+def start_world(device: str) -> Iterator[World]:
+    """Join the other ranks, and leave them together, after an error too.
+
+    Args:
+        device: "cpu", "cuda" or "auto" (cuda where there is one).
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    world = World(launched_rank(), size, _device(device, local_rank))
+    with ExitStack() as stack:
+        stack.enter_context(_settings(world.device))
+        if size > 1:
+            backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=TIMEOUT)
+            # A group of its own: after an error on one rank, its farewell must not be taken for
+            # its part in whatever the other ranks are still adding up.
+            stack.push(partial(_leave, dist.new_group(backend="gloo")))
+        yield world
+
+
+def _device(device: str, local_rank: int) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"--device cuda: expected a GPU for every process of this machine, "
+            f"got {torch.cuda.device_count()} for at least {local_rank + 1}"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _leave(farewell: dist.ProcessGroup, kind: type[BaseException] | None, *_: object) -> None:
+    """Wait for each other, then close: a rank of gloo that just exits can abort the others."""
+    try:
+        dist.monitored_barrier(farewell, timeout=TIMEOUT if kind is None else PATIENCE)
+    except RuntimeError:
+        if kind is None:
+            raise
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _settings(device: torch.device) -> Iterator[None]:
+    """Threads and determinism for the length of a run; afterwards as they were."""
+    threads = torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    wanted = num_threads()
+    if wanted is not None:
+        torch.set_num_threads(wanted)
+    if device.type == "cpu":  # where it costs nothing
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+
+
+def num_threads() -> int | None:
+    """Threads of this process: its share of the machine's cores; None: OMP_NUM_THREADS rules.
+
+    ``torchrun`` itself sets OMP_NUM_THREADS=1 for several processes where it is unset, so there a 1
+    says nothing about what the user wants.
+    """
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    asked = os.environ.get("OMP_NUM_THREADS")
+    if asked is not None and not (local_size > 1 and asked == "1"):
+        return None
+    available = getattr(os, "sched_getaffinity", None)
+    cores = len(available(0)) if available else os.cpu_count() or 1
+    return max(1, cores // local_size)

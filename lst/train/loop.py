@@ -1,0 +1,184 @@
+"""The whole of training: what happens, in order, between a configuration and a trained model.
+
+::
+
+    corpus → loader → micro-batches → loss / targets of the global batch → gradients → AdamW
+                                            ↓
+                             metrics, validation, checkpoints
+
+The loss of a step is the sum of its token losses over the number of targets of the *global* batch,
+so neither the number of processes nor that of micro-batches changes what is optimised.
+"""
+
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from lst.data.loader import TrainLoader
+from lst.model import LanguageModel, build_model, count_parameters
+from lst.train.checkpoint import (
+    State,
+    load_tensors,
+    newest_checkpoint,
+    read_state,
+    save_checkpoint,
+)
+from lst.train.config import TrainConfig
+from lst.train.corpus import Corpus, check_same_data, open_corpus
+from lst.train.distributed import World, start_world
+from lst.train.interrupt import Interrupt, catch_signals
+from lst.train.metrics import MetricsLog
+from lst.train.optimizer import build_optimizer, learning_rate, set_learning_rate
+from lst.train.run_folder import create_run
+from lst.train.step import backward, check_finite, global_counts, read_step
+from lst.train.stories import complete_stories
+from lst.train.validation import validate
+
+
+@dataclass(kw_only=True)
+class Run:
+    """Everything that a run holds while it is under way."""
+
+    config: TrainConfig
+    world: World
+    corpus: Corpus
+    loader: TrainLoader
+    model: LanguageModel
+    optimizer: torch.optim.Optimizer
+    log: MetricsLog
+    state: State
+    saved: str  # the last checkpoint's folder, or "none"
+
+
+def train(config: TrainConfig, *, resume: bool = False) -> None:
+    """Train from the start, or go on from the newest checkpoint in ``config.out``.
+
+    Under ``torchrun`` every rank calls this. SIGINT and SIGTERM let the step under way finish,
+    write a checkpoint and return.
+
+    Raises:
+        UserError: whatever the user can mend; every rank raises it.
+    """
+    with ExitStack() as stack:
+        world = stack.enter_context(start_world(config.device))
+        with catch_signals() as interrupt:
+            run = prepare(config, world, resume=resume)
+            stack.callback(run.log.close)
+            take_steps(run, interrupt)
+        run.log.plot()
+        if run.state.step < config.steps:
+            run.log.say(
+                f"{interrupt.signal}: stopped after step {run.state.step}; "
+                f"go on by: python -m lst.train --resume {config.out}"
+            )
+        elif config.evaluate:
+            complete_stories(config, run.corpus, run.model, run.log, world)
+
+
+def prepare(config: TrainConfig, world: World, *, resume: bool) -> Run:
+    """Open the data, build the model, and fill it from the newest checkpoint when resuming."""
+    with world.together():
+        checkpoint = newest_checkpoint(config.out) if resume else None
+        corpus = open_corpus(config.data)
+        state = State(vocabulary=corpus.vocabulary, datasets=corpus.fingerprints)
+        if checkpoint is not None:
+            state = read_state(checkpoint)
+            check_same_data(corpus, state, str(checkpoint))
+        loader = TrainLoader(
+            config.data,
+            corpus.vocabulary,
+            corpus.tokenizer,
+            config.model.plan(),
+            seed=config.seed,
+            total_steps=config.steps,
+            rank=world.rank,
+            world_size=world.size,
+            accumulation=config.accumulation,
+            states=state.lanes or None,
+        )
+        torch.manual_seed(config.seed)
+        model = build_model(config.model, corpus.vocabulary.size).to(world.device)
+        optimizer = build_optimizer(model, config.optimizer)
+        if checkpoint is not None:
+            load_tensors(checkpoint, model, optimizer)
+        elif world.is_main:
+            create_run(config)
+        log = MetricsLog(config, step=state.step, seconds=state.seconds, active=world.is_main)
+    parts = ", ".join(f"{name} {number:,}" for name, number in count_parameters(model).items())
+    log.say(f"{config.name}: {world.size} × {world.device.type}, {config.out}; parameters: {parts}")
+    return Run(
+        config=config,
+        world=world,
+        corpus=corpus,
+        loader=loader,
+        model=model,
+        optimizer=optimizer,
+        log=log,
+        state=state,
+        saved=str(checkpoint or "none"),
+    )
+
+
+def take_steps(run: Run, interrupt: Interrupt) -> None:
+    """Take optimizer steps, up to ``config.steps`` or until a rank is asked to stop."""
+    config, world, model, log = run.config, run.world, run.model, run.log
+    parallel = world.wrap(model)
+    batches = iter(run.loader)
+    saved_step = run.state.step
+    stop = False
+    while True:
+        step = run.state.step
+        if not stop and validation_is_due(config, run.state):
+            losses = validate(config, run.corpus, model, interrupt, world)
+            stop = losses is None
+            if losses is not None:
+                log.validation(step, losses)
+                run.state = replace(run.state, validated=step)
+        last = stop or step == config.steps
+        if step > saved_step and (last or step % config.checkpoint_every == 0):
+            save(run)
+            saved_step = step
+        if last:
+            return
+
+        started = time.perf_counter()
+        step += 1
+        with world.together():
+            micro_batches, lanes = next(batches)
+        counts = global_counts(micro_batches, world)
+        lr = learning_rate(step, config.optimizer, config.steps)
+        set_learning_rate(run.optimizer, lr)
+        sums = backward(
+            parallel,
+            micro_batches,
+            targets=counts.targets,
+            precision=config.precision,
+            world=world,
+        )
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
+        loss, grad_norm, stop = read_step(sums, norm, bool(interrupt), counts, world)
+        check_finite(step, loss, grad_norm, micro_batches, sums, run.saved, world)
+        run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
+        run.state = replace(run.state, step=step, lanes=lanes)
+        seconds = time.perf_counter() - started
+        log.training_step(step, loss, counts, lr=lr, grad_norm=grad_norm, seconds=seconds)
+
+
+def validation_is_due(config: TrainConfig, state: State) -> bool:
+    """Every so many steps and at the last, unless a run before this one has done it."""
+    return state.step > state.validated and (
+        state.step % config.validate_every == 0 or state.step == config.steps
+    )
+
+
+def save(run: Run) -> None:
+    run.log.sync()
+    run.state = replace(run.state, seconds=run.log.seconds)
+    folder = save_checkpoint(
+        run.config, run.state, run.corpus.tokenizer, run.model, run.optimizer, run.world
+    )
+    run.saved = str(folder)

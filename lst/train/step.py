@@ -1,0 +1,140 @@
+"""One optimizer step over the micro-batches that the ranks hold together."""
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lst.data.batch import Batch
+from lst.train.distributed import SharedError, World
+from lst.train.metrics import Counts, Loss
+
+MAX_RECORDS = 16  # named in an error
+
+
+def global_counts(micro_batches: Sequence[Batch], world: World) -> Counts:
+    """What the micro-batches of all ranks hold together; asks no GPU."""
+    names = ("num_targets", "num_speech_targets", "num_tokens", "num_units", "num_speech_tokens")
+    numbers = [sum(getattr(batch, name) for batch in micro_batches) for name in names]
+    targets, speech_targets, tokens, units, speech_tokens = world.sum(
+        torch.tensor(numbers)
+    ).tolist()
+    return Counts(
+        targets=targets,
+        speech_targets=speech_targets,
+        tokens=tokens,
+        units=units,
+        speech_tokens=speech_tokens,
+    )
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """Matrix products in bfloat16 where ``precision`` says so; weights stay float32."""
+    if precision == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def loss_sums(losses: Tensor, batch: Batch) -> Tensor:
+    """(2,) float64: the token losses (T,) of text and of speech targets, added up."""
+    losses = losses.detach()
+    speech = batch.speech_targets
+    return torch.stack(
+        [(losses * ~speech).sum(dtype=torch.float64), (losses * speech).sum(dtype=torch.float64)]
+    )
+
+
+def backward(
+    model: nn.Module,
+    micro_batches: Sequence[Batch],
+    *,
+    targets: int,
+    precision: str,
+    world: World,
+) -> list[Tensor]:
+    """Leave on every rank the gradient of the global batch's loss per target.
+
+    Args:
+        targets: of the global batch.
+
+    Returns:
+        :func:`loss_sums` of each micro-batch of this rank.
+    """
+    # DistributedDataParallel averages over the ranks; times their number that is their sum.
+    scale = world.size / max(1, targets)
+    sums = []
+    for number, batch in enumerate(micro_batches, start=1):
+        with _reducing(model, number == len(micro_batches)):
+            batch = batch.to(world.device, non_blocking=True)
+            with autocast(precision, world.device):
+                losses = model(batch)
+            (losses.sum() * scale).backward()
+        sums.append(loss_sums(losses, batch))
+    return sums
+
+
+def _reducing(model: nn.Module, reduce: bool) -> AbstractContextManager[object]:
+    """Gradients travel once a step: with the last micro-batch."""
+    if reduce or not isinstance(model, DistributedDataParallel):
+        return nullcontext()
+    return model.no_sync()
+
+
+def read_step(
+    sums: Sequence[Tensor], norm: Tensor, stop: bool, counts: Counts, world: World
+) -> tuple[Loss, float, bool]:
+    """The one time a step waits for the device.
+
+    Returns:
+        The loss of the global batch, the gradient's norm, and whether any rank wants to stop.
+    """
+    ours = torch.stack(list(sums)).sum(0)
+    totals = world.sum(torch.cat([ours, ours.new_tensor([float(stop)])]))
+    text, speech, stops, grad_norm = torch.cat([totals, norm.detach().double()[None]]).tolist()
+    loss = Loss(
+        text=text,
+        speech=speech,
+        text_targets=counts.targets - counts.speech_targets,
+        speech_targets=counts.speech_targets,
+    )
+    return loss, grad_norm, stops > 0
+
+
+def check_finite(
+    step: int,
+    loss: Loss,
+    grad_norm: float,
+    micro_batches: Sequence[Batch],
+    sums: Sequence[Tensor],
+    checkpoint: str,
+    world: World,
+) -> None:
+    """Refuse a step whose loss or gradient is not finite, on every rank alike.
+
+    Raises:
+        SharedError: with the records of the micro-batches at fault, or of all where only the
+            gradient is, and ``checkpoint``, where to go on from.
+    """
+    if math.isfinite(loss.text + loss.speech + grad_norm):
+        return
+    guilty = [
+        batch
+        for batch, part in zip(micro_batches, sums, strict=True)
+        if math.isfinite(loss.text + loss.speech) or not part.isfinite().all()
+    ]
+    records = [
+        name
+        for part in world.gather([b.record_ids for b in guilty])
+        for ids in part
+        for name in ids
+    ]
+    more = f" and {len(records) - MAX_RECORDS} more" if len(records) > MAX_RECORDS else ""
+    mean = loss.per_token()["loss"]
+    raise SharedError(
+        f"step {step}: expected a finite loss and gradient, got loss {mean} and gradient norm "
+        f"{grad_norm}; records {', '.join(records[:MAX_RECORDS])}{more}; the step was not taken; "
+        f"last checkpoint: {checkpoint}"
+    )

@@ -1,0 +1,132 @@
+"""A corpus and a model small enough that a run takes a second."""
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from lst.data.loader import DataConfig
+
+from lst.data.patching import PatchingConfig
+from lst.data.records import Record, RecordWriter, StoryItem, Word, write_items
+from lst.model import ModelConfig, StackConfig
+from lst.train.config import OptimizerConfig, TrainConfig
+from lst.vocabulary import train_tokenizer
+
+NUM_UNITS = 20
+WORDS = [
+    "a",
+    "story",
+    "of",
+    "the",
+    "small",
+    "red",
+    "fox",
+    "who",
+    "went",
+    "over",
+    "long",
+    "hills",
+    "to",
+]
+
+
+def spoken(name: str, rng: random.Random, words: int) -> Record:
+    """A record whose words last 2 to 6 frames, with silences between some of them."""
+    chosen, aligned, frame = rng.choices(WORDS, k=words), [], rng.randint(0, 3)
+    for word in chosen:
+        stop = frame + rng.randint(2, 6)
+        aligned.append(Word(word, frame, stop))
+        frame = stop + rng.choice([0, 0, 3])
+    return Record(
+        id=name,
+        text=" ".join(chosen),
+        units=np.array([rng.randrange(NUM_UNITS) for _ in range(frame)], np.int16),
+        words=tuple(aligned),
+        chars=None,
+        speaker=None,
+        source="test",
+    )
+
+
+def written(name: str, rng: random.Random, words: int) -> Record:
+    return replace(spoken(name, rng, words), units=None, words=None)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus folder with everything that training reads, but no stories."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = random.Random(0)
+    lines = [" ".join(rng.choices(WORDS, k=12)) for _ in range(50)]
+    tokenizer = train_tokenizer(lines, folder / "tokenizer.model", num_pieces=300)
+    for split, records in (("train", 40), ("valid", 3)):
+        for name, make in (("text", written), ("speech", spoken)):
+            with RecordWriter(
+                folder / split / name,
+                codebook=None,
+                tokenizer=tokenizer.fingerprint,
+                num_units=NUM_UNITS,
+            ) as writer:
+                for index in range(records):
+                    writer.write(make(f"{split}-{name}-{index}", rng, 40))
+    return folder
+
+
+@pytest.fixture
+def stories(corpus: Path) -> Any:
+    """Two stories in the corpus, for the length of a test."""
+    rng = random.Random(1)
+    items = [
+        StoryItem(
+            id=f"story-{index}",
+            task="storycloze",
+            prompt=spoken("prompt", rng, 8),
+            endings=(spoken("true", rng, 4), spoken("false", rng, 4)),
+            answer=0,
+        )
+        for index in range(2)
+    ]
+    folder = corpus / "items"
+    write_items(folder, items, codebook=None, tokenizer=None, num_units=NUM_UNITS)
+    yield items
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+
+
+@pytest.fixture
+def tiny(corpus: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
+    """``tiny("name", steps=6, …)``: a run in a folder of that name, a line of metrics a step."""
+
+    def make(name: str = "run", **changes: Any) -> TrainConfig:
+        config = TrainConfig(
+            name="tiny",
+            model=ModelConfig(
+                encoder=StackConfig(layers=1, dim=16, heads=1),
+                global_transformer=StackConfig(layers=1, dim=32, heads=2),
+                decoder=StackConfig(layers=1, dim=16, heads=1),
+                local_window=16,
+                decoder_window=8,
+            ),
+            data=DataConfig(
+                corpus=corpus,
+                rows=4,
+                units_per_sequence=48,
+                patching=PatchingConfig(strategy="curriculum"),
+            ),
+            optimizer=OptimizerConfig(lr=1e-2, warmup_steps=2),
+            steps=6,
+            out=tmp_path / name,
+            validate_every=3,
+            checkpoint_every=2,
+            keep=3,
+            log_every=1,
+            device="cpu",
+        )
+        return replace(config, **changes)
+
+    return make

@@ -1,0 +1,149 @@
+"""``python -m lst.train``: what it accepts, and the one line that it says to each mistake."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lst.errors import run_command
+from lst.presets import DESCRIPTIONS, PRESETS
+from lst.train.__main__ import main, parse
+from lst.train.config import TrainConfig, to_json
+from lst.train.loop import train
+
+Tiny = Callable[..., TrainConfig]
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *options: object) -> int:
+    """Run the command in this process; its exit code."""
+    monkeypatch.setattr(sys, "argv", ["lst.train", *map(str, options)])
+    try:
+        run_command(main)
+    except SystemExit as leaving:
+        return leaving.code if isinstance(leaving.code, int) else 1
+    return 0
+
+
+def test_without_a_preset_it_is_the_demo() -> None:
+    assert parse([]) == (PRESETS["demo"], False)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_taken_by_its_name(name: str) -> None:
+    assert parse([name]) == (PRESETS[name], False)
+
+
+def test_options_change_a_preset() -> None:
+    options = "demo-baseline --steps 7 --optimizer.lr 0.5 --data.rows 8 --no-evaluate --out x"
+    config, _ = parse(options.split())
+    assert config.name == "demo-baseline"
+    assert (config.steps, config.optimizer.lr, config.data.rows) == (7, 0.5, 8)
+    assert (config.evaluate, config.out) == (False, Path("x"))
+    assert config.model == PRESETS["demo-baseline"].model
+
+
+def test_help_lists_every_preset_and_every_option_with_its_default(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        parse(["--help"])
+    assert leaving.value.code == 0
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for name, description in DESCRIPTIONS.items():
+        assert f"{name} {description}" in said
+    for option in ("--steps", "--optimizer.lr", "--data.rows", "--model.encoder.dim", "--resume"):
+        assert option in said
+    assert f"(default: {PRESETS['demo'].steps})" in said
+
+
+def test_mistakes_leave_with_code_2_and_one_line(
+    tiny: Tiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, empty, bare = tiny(steps=1), tmp_path / "empty", tmp_path / "bare"
+    train(run)
+    empty.mkdir()
+    bare.mkdir()
+    (bare / "config.json").write_text(json.dumps(to_json(run)))
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text(json.dumps({**to_json(run), "stepz": 1}))
+    cases: list[tuple[list[object], str]] = [
+        (
+            ["demo2"],
+            "preset: expected one of demo, demo-baseline, lst-1b, baseline-1b, got 'demo2'",
+        ),
+        (["--steps", "0"], "--steps: expected 1 or more, got 0"),
+        (["--data.corpus", tmp_path / "no"], f"{tmp_path / 'no'}: expected a corpus folder, got"),
+        (["--resume", tmp_path / "no"], f"{tmp_path / 'no'}: expected a run folder to resume, got"),
+        (["--resume", empty], f"{empty}: expected a run folder to resume, got one without config"),
+        (["--resume", bare], f"{bare}: expected a complete checkpoint in checkpoints/, got none"),
+        (["--resume", broken], f"{broken / 'config.json'}: unknown key stepz"),
+        (
+            ["--resume", run.out, "--optimizer.lr", "0.5"],
+            f"--resume {run.out}: expected optimizer.lr = 0.01, as the run was started, got 0.5",
+        ),
+        (
+            ["--resume", run.out, "--out", empty],
+            f"--out: a run goes on in its own folder, {run.out}",
+        ),
+        (["demo", "--resume", run.out], f"--resume {run.out}: expected model.encoder.dim = 16"),
+    ]
+    for options, message in cases:
+        capsys.readouterr()
+        assert call(monkeypatch, *options) == 2, options
+        said = capsys.readouterr()
+        assert said.err.startswith(f"error: {message}"), said.err
+        assert said.err.count("\n") == 1, said.err
+
+
+@pytest.mark.parametrize(
+    "options", [["--stepz", "3"], ["--steps", "many"], ["--precision", "int8"], ["demo", "more"]]
+)
+def test_options_that_do_not_parse_leave_with_code_2(
+    options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        parse(options)
+    assert leaving.value.code == 2
+    assert options[-2 if options[0].startswith("--") else -1] in capsys.readouterr().err
+
+
+def test_a_run_is_resumed_by_its_folder_alone_and_told_of_more_often(tiny: Tiny) -> None:
+    run = tiny(steps=1)
+    train(run)
+    moved = run.out.with_name("moved")
+    run.out.rename(moved)
+    config, resume = parse(["--resume", str(moved), "--log-every", "5"])
+    assert resume
+    assert (config.out, config.log_every, config.model) == (moved, 5, run.model)
+    assert parse([f"--resume={moved}"])[0].out == moved
+
+
+def test_only_rank_0_speaks_of_a_shared_mistake(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert call(monkeypatch, "demo2") == 2
+    assert call(monkeypatch, "--help") == 0
+    assert call(monkeypatch, "--stepz") == 2
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_command_itself_leaves_with_code_2(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "lst.train", "demo", "--data.corpus", str(tmp_path / "no")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"error: {tmp_path / 'no'}: expected a corpus folder")
+    assert done.stderr.count("\n") == 1
