@@ -35,27 +35,31 @@ class BuildNative(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.unlink(missing_ok=True)  # an older build's library must not pass for this one's
         build = Path(self.build_temp, "native").resolve()
-        cmake, ninja = find_program("cmake"), find_program("ninja")
+        cmake, ninja = find_program("cmake") or "cmake", find_program("ninja")
+        # --fresh: a cache left by an earlier build names tools of an environment long gone.
+        configure = [cmake, "--fresh", "-S", ROOT, "-B", build, "-DCMAKE_BUILD_TYPE=Release"]
+        if ninja is not None:
+            configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+        compile_ = [cmake, "--build", build, "--config", "Release"]
+        install = [cmake, "--install", build, "--config", "Release", "--prefix", target.parent]
         try:
-            if cmake is None:
-                raise CompileError("cmake was not found")
-            # --fresh: a cache left by an earlier build names tools of an environment long gone.
-            configure = [cmake, "--fresh", "-S", ROOT, "-B", build, "-DCMAKE_BUILD_TYPE=Release"]
-            if ninja is not None:
-                configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-            subprocess.run(configure, check=True)
-            subprocess.run([cmake, "--build", build, "--config", "Release"], check=True)
-            subprocess.run(
-                [cmake, "--install", build, "--config", "Release", "--prefix", target.parent],
-                check=True,
-            )
-        except (CompileError, OSError, subprocess.CalledProcessError) as error:
+            for command in (configure, compile_, install):
+                subprocess.run(command, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            reason = error if isinstance(error, OSError) else "cmake says above why"
             # The extension is optional: setuptools prints this line and goes on without it.
             raise CompileError(
-                f"the native CPU kernels were not built ({error}); the install goes on, and"
+                f"the native CPU kernels were not built ({reason}); the install goes on, and"
                 " lst_kernels will run its slower reference path on the CPU"
             ) from error
+
+    def copy_extensions_to_source(self) -> None:
+        # The end of an editable install. As above: if the build failed, nothing may stay.
+        for ext in self.extensions:
+            (ROOT / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
+        super().copy_extensions_to_source()
 
 
 class PlatformWheel(bdist_wheel):

@@ -76,7 +76,8 @@ def wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (source,) = out.glob("lst-*.tar.gz")
     pip_wheel = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation")
-    run(*pip_wheel, "--wheel-dir", out, source)
+    log = run(*pip_wheel, "--verbose", "--wheel-dir", out, source)
+    assert "were not built" not in log, log
     (built,) = out.glob("*.whl")
     return built
 
