@@ -202,7 +202,8 @@ def _attend(
 
 def _choose(op: str, q: Tensor, asked: str) -> str:
     if torch.compiler.is_compiling():
-        return backends.choose_traced(asked, op, q.device.type, q.dtype, q.shape[-1], None)
+        head_dim = len(range(q.shape[-1]))  # a constant where dynamic shapes make it a symbol
+        return backends.choose_traced(asked, op, q.device.type, q.dtype, head_dim, None)
     return backends.choose(_call(op, q), asked)
 
 

@@ -119,8 +119,8 @@ class PatchLayout:
         """
         lengths = _integers(patch_lengths, "patch_lengths")
         per_document = _integers(patches_per_document, "patches_per_document")
-        late = _flags(closed_late, len(lengths))
         device = lengths.device
+        late = _flags(closed_late, len(lengths), device)
         if device.type != "cpu" and num_tokens is None:  # one synchronisation, then all is exact
             lengths, per_document, late = lengths.cpu(), per_document.cpu(), late.cpu()
         if _checked(lengths):
@@ -130,7 +130,7 @@ class PatchLayout:
         layout = _assemble(
             cu_patches=_offsets(lengths),
             cu_documents=_offsets(per_document).to(lengths.device),
-            closed_late=late.to(lengths.device),
+            closed_late=late,
             num_tokens=int(lengths.sum()) if num_tokens is None else num_tokens,
             num_dead_patches=num_dead_patches,
         )
@@ -415,9 +415,13 @@ def _integers(values: Integers, name: str) -> Tensor:
     return tensor.long()
 
 
-def _flags(closed_late: Tensor | np.ndarray | Sequence[bool] | None, num_patches: int) -> Tensor:
+def _flags(
+    closed_late: Tensor | np.ndarray | Sequence[bool] | None,
+    num_patches: int,
+    device: torch.device,
+) -> Tensor:
     if closed_late is None:
-        return torch.zeros(num_patches, dtype=torch.bool)
+        return torch.zeros(num_patches, dtype=torch.bool, device=device)
     flags = torch.as_tensor(closed_late)
     if flags.dtype != torch.bool and flags.numel():
         raise TypeError(f"closed_late must be bool; got {flags.dtype}")
@@ -425,7 +429,7 @@ def _flags(closed_late: Tensor | np.ndarray | Sequence[bool] | None, num_patches
         raise ValueError(
             f"closed_late has shape {tuple(flags.shape)}, but there are {num_patches} patches"
         )
-    return flags.bool()
+    return flags.bool().to(device)
 
 
 def _checked(x: Tensor) -> bool:

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from lst_kernels.ranges import KeyRanges
 
-# A block has about as many queries as a range has keys, so that little of it lies outside the
-# ranges, and at most BLOCK_ELEMENTS scores over all heads (32 MB) where it can.
-MIN_ROWS, MAX_ROWS = 32, 256
+# A block has BLOCK_ROWS queries: few, so that its scores stay in a CPU's cache and little of it lies
+# outside the ranges. Fewer where it would hold more scores than BLOCK_ELEMENTS over all heads.
+BLOCK_ROWS = 64
 BLOCK_ELEMENTS = 2**23
 
 
@@ -176,9 +176,9 @@ def patch_expand_backward(grad: Tensor, ids: Tensor, start: Tensor, stop: Tensor
 
 def _blocks(ranges: KeyRanges, num_heads: int) -> Iterator[Block]:
     start, stop = ranges.start.cpu(), ranges.stop.cpu()  # on a device this waits: it is a reference
-    rows = min(max(ranges.max_keys, MIN_ROWS), MAX_ROWS)
     last = ranges.num_queries
-    pending = [(first, min(first + rows, last)) for first in range(0, last, rows)][::-1]
+    firsts = range(0, last, BLOCK_ROWS)
+    pending = [(first, min(first + BLOCK_ROWS, last)) for first in reversed(firsts)]
     while pending:
         first, last = pending.pop()
         block = Block(first, last, int(start[first]), int(stop[last - 1]))
