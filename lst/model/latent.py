@@ -89,7 +89,7 @@ def build_model(config: ModelConfig, vocabulary_size: int) -> LanguageModel:
 
 
 def count_parameters(model: LanguageModel) -> dict[str, int]:
-    """Parameters of each part by its name, in the order of the forward pass, and their ``total``."""
+    """Parameters of each part, in the order of the forward pass, and their ``total``."""
     counts = {
         name: sum(parameter.numel() for parameter in part.parameters())
         for name, part in model.named_children()

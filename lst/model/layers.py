@@ -40,9 +40,7 @@ def rotation(positions: Tensor, head_dim: int, theta: float) -> Rotation:
 def rotate(x: Tensor, by: Rotation) -> Tensor:
     """Turn ``x`` (T, H, D): feature i is paired with i + D/2, as in Llama checkpoints."""
     first, second = x.float().chunk(2, dim=-1)
-    turned = torch.cat(
-        (first * by.cos - second * by.sin, second * by.cos + first * by.sin), dim=-1
-    )
+    turned = torch.cat((first * by.cos - second * by.sin, second * by.cos + first * by.sin), dim=-1)
     return turned.to(x.dtype)
 
 
@@ -104,9 +102,7 @@ def initialise(module: nn.Module, residual_branches: int) -> None:
             deviation = child.embedding_dim**-0.5
         else:
             continue
-        nn.init.trunc_normal_(
-            child.weight, std=deviation, a=-3 * deviation, b=3 * deviation
-        )
+        nn.init.trunc_normal_(child.weight, std=deviation, a=-3 * deviation, b=3 * deviation)
 
 
 def token_losses(x: Tensor, head: nn.Linear, targets: Tensor, rows: int = 1024) -> Tensor:

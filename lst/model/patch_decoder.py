@@ -38,6 +38,7 @@ class DecoderLayer(nn.Module):
         q = self.cross_query(self.cross_norm(h)).unflatten(
             -1, (self.stack.heads, self.stack.head_dim)
         )
+        assert batch.decoder_ranges is not None, "the batch was planned for a token-level model"
         read = range_attention(q, k, v, batch.decoder_ranges)
         h = h + self.cross_output(read.flatten(1))
         return self.layer(h, by, attention)

@@ -65,6 +65,7 @@ class PatchEncoder(nn.Module):
     def patches(self, h: Tensor, batch: Batch) -> Tensor:
         """One vector a patch (P, S·d) from the token states ``h`` (T, d)."""
         stack, slots = self.config.encoder, self.config.slots
+        assert batch.encoder_ranges is not None, "the batch was planned for a token-level model"
         q = self.slot_queries(patch_pool(h, batch.layout, "max")).view(-1, stack.dim)
         heads = (stack.heads, stack.head_dim)
         k, v = self.key_value(self.token_norm(h)).unflatten(-1, (2, *heads)).unbind(1)

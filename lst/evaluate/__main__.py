@@ -1,0 +1,51 @@
+"""``python -m lst.evaluate CHECKPOINT``: score a checkpoint on story completion."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from lst.data.interleave import Mode
+from lst.data.patching import final_strategy
+from lst.data.records import read_items
+from lst.errors import run_command
+from lst.evaluate.story_completion import format_table, story_completion
+from lst.train.checkpoint import load_model
+
+MODES: dict[str, Mode] = {"S2S": "S→S", "T2T": "T→T", "S2T": "S→T", "T2S": "T→S"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Story completion of a trained checkpoint."""
+
+    checkpoint: Annotated[Path, tyro.conf.Positional]  # a run folder or one of its checkpoints
+    items: Path | None = None  # folder of story items; None: that of the corpus trained on
+    modes: tuple[Literal["S2S", "T2T", "S2T", "T2S"], ...] = ("S2S", "T2T")  # prompt to ending
+    device: str = "cpu"
+    json: Path | None = None  # also write the scores to this file
+
+
+def main() -> None:
+    config = tyro.cli(EvaluateConfig, description=__doc__)
+    model, trained, vocabulary, tokenizer = load_model(config.checkpoint, config.device)
+    items = read_items(config.items or trained.data.corpus / "items")
+    scores = story_completion(
+        model.eval(),
+        items,
+        vocabulary,
+        tokenizer,
+        trained.model.plan(),
+        strategy=final_strategy(trained.data.patching),
+        modes=[MODES[mode] for mode in config.modes],
+        device=config.device,
+    )
+    print(format_table(scores))
+    if config.json is not None:
+        config.json.write_text(json.dumps([asdict(score) for score in scores], indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,284 @@
+"""A document's logits depend on its own earlier tokens and on nothing else, whatever the patching.
+
+The oracle rebuilds the forward pass from the model's weights with dense masks, one document at a
+time, in float64, without the kernel library.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lst.data.batch import pack_documents
+from lst.data.interleave import Document
+from lst.data.patching import Aligned, NoPatching, Static, patch_lengths
+from lst.errors import UserError
+from lst.model import ModelConfig, StackConfig, build_model, count_parameters
+from lst.model.layers import token_losses
+from lst.vocabulary import BOS, EOS, SPEECH, TEXT, Vocabulary
+
+VOCABULARY = Vocabulary(num_pieces=40, num_units=20)
+STRATEGIES = {
+    "none": NoPatching(),
+    "static": Static(size=3),
+    "aligned": Aligned(silence="separate"),
+    "merged": Aligned(silence="merged"),
+}
+
+
+def small_config(**changes) -> ModelConfig:
+    config = ModelConfig(
+        encoder=StackConfig(layers=1, dim=16, heads=2),
+        global_transformer=StackConfig(layers=2, dim=32, heads=2),
+        decoder=StackConfig(layers=2, dim=16, heads=2),
+        local_window=7,
+        decoder_window=4,
+    )
+    return replace(config, **changes)
+
+
+def model_of(config: ModelConfig, seed: int = 0):
+    torch.manual_seed(seed)
+    return build_model(config, VOCABULARY.size).double()
+
+
+def make_document(rng: np.random.Generator, spans: list[int], name: str) -> Document:
+    """Text and speech spans in turn; a speech span of n units has words at [1, 4) and [4, n-2)."""
+    tokens, aligned = [BOS], []
+    for place, length in enumerate(spans):
+        if place % 2:
+            tokens.append(SPEECH)
+            first = len(tokens)
+            aligned += [(first + a, first + b) for a, b in ((1, 4), (4, length - 2)) if b > a]
+            tokens += (VOCABULARY.first_unit + rng.integers(0, 20, length)).tolist()
+        else:
+            tokens.append(TEXT)
+            tokens += (VOCABULARY.first_piece + rng.integers(0, 40, length)).tolist()
+    tokens.append(EOS)
+    return Document(
+        tokens=np.array(tokens, np.int32),
+        aligned=np.array(aligned, np.int32).reshape(-1, 2),
+        breaks=(),
+        score_from=0,
+        score_eos=True,
+        record_id=name,
+    )
+
+
+def documents() -> list[Document]:
+    rng = np.random.default_rng(3)
+    return [
+        make_document(rng, [3, 8, 2], "a"),
+        make_document(rng, [1, 5, 1, 7], "b"),
+        make_document(rng, [4], "c"),
+    ]
+
+
+def logits(model, docs, strategy) -> torch.Tensor:
+    with torch.no_grad():
+        return model.logits(pack_documents(docs, VOCABULARY, strategy, model.config.plan()))
+
+
+ARCHITECTURES = [("lst", name) for name in STRATEGIES] + [("token", "none")]
+
+
+@pytest.mark.parametrize("decoder_window", [1, 4, None])
+@pytest.mark.parametrize(("architecture", "name"), ARCHITECTURES)
+def test_no_token_moves_an_earlier_or_a_foreign_logit(architecture, name, decoder_window):
+    model = model_of(small_config(architecture=architecture, decoder_window=decoder_window))
+    docs, strategy = documents(), STRATEGIES[name]
+    before = logits(model, docs, strategy)
+    starts = np.cumsum([0] + [len(document.tokens) for document in docs])
+    rng = np.random.default_rng(5)
+    replacements = [SPEECH, TEXT, EOS, VOCABULARY.first_piece + 1, VOCABULARY.first_unit + 1]
+    moved = 0
+    for d, document in enumerate(docs):
+        for t in range(1, len(document.tokens)):
+            for new in rng.choice(replacements, size=2, replace=False).tolist():
+                if new == document.tokens[t]:
+                    continue
+                tokens = document.tokens.copy()
+                tokens[t] = new
+                changed = [replace(o, tokens=tokens) if o is document else o for o in docs]
+                after = logits(model, changed, strategy)
+                place = starts[d] + t
+                assert torch.equal(after[starts[d] : place], before[starts[d] : place]) or (
+                    (after[starts[d] : place] - before[starts[d] : place]).abs().max() < 1e-12
+                ), f"document {d}, token {t} → {new} moved an earlier logit"
+                for other in range(len(docs)):
+                    if other != d:
+                        rows = slice(starts[other], starts[other + 1])
+                        assert (after[rows] - before[rows]).abs().max() < 1e-12
+                moved += bool((after[place] - before[place]).abs().max() > 1e-6)
+    assert moved > 20  # the test sees the model react at all
+
+
+@pytest.mark.parametrize(("architecture", "name"), ARCHITECTURES)
+def test_logits_do_not_depend_on_the_company(architecture, name):
+    model, docs = model_of(small_config(architecture=architecture)), documents()
+    together = logits(model, docs[::-1] + docs, STRATEGIES[name])
+    alone = torch.cat([logits(model, [document], STRATEGIES[name]) for document in docs])
+    torch.testing.assert_close(together[-len(alone) :], alone, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("decoder_window", [4, None])
+def test_what_is_older_than_the_local_window_arrives_through_the_patches(decoder_window):
+    rng = np.random.default_rng(1)
+    docs = [make_document(rng, [2, 30], "long")]  # 34 tokens; the local window is 7
+    tokens = docs[0].tokens.copy()
+    tokens[2] = VOCABULARY.first_piece + (tokens[2] - VOCABULARY.first_piece + 1) % 40
+    changed = [replace(docs[0], tokens=tokens)]
+    model = model_of(small_config(decoder_window=decoder_window))
+    difference = logits(model, docs, Static(size=3)) - logits(model, changed, Static(size=3))
+    assert difference[-1].abs().max() > 1e-9
+
+
+# --- the equations, dense, in float64 ---------------------------------------------------------
+
+
+def norm(x, module):
+    return x / (x.pow(2).mean(-1, keepdim=True) + module.eps).sqrt() * module.weight
+
+
+def turn(x, positions, theta):
+    half = x.shape[-1] // 2
+    angles = positions[:, None].double() * theta ** (-torch.arange(half).double() / half)
+    z = torch.complex(x[..., :half], x[..., half:]) * torch.polar(
+        torch.ones_like(angles), angles
+    ).unsqueeze(1)
+    return torch.cat((z.real, z.imag), -1)
+
+
+def dense(q, k, v, mask):
+    scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
+    scores = scores.masked_fill(~mask, -torch.inf)
+    weights = torch.nan_to_num(torch.softmax(scores, -1), nan=0.0)
+    return torch.einsum("hqk,khd->qhd", weights, v).flatten(1)
+
+
+def layer(x, module, mask, theta):
+    heads = module.attention.heads
+    qkv = norm(x, module.attention_norm) @ module.attention.qkv.weight.T
+    q, k, v = qkv.view(len(x), 3, heads, -1).unbind(1)
+    positions = torch.arange(len(x))
+    out = dense(turn(q, positions, theta), turn(k, positions, theta), v, mask)
+    x = x + out @ module.attention.output.weight.T
+    gate, up = (norm(x, module.feed_forward_norm) @ module.feed_forward.gate_up.weight.T).chunk(
+        2, -1
+    )
+    return x + (F.silu(gate) * up) @ module.feed_forward.down.weight.T
+
+
+def oracle_logits(model, document, strategy):
+    """Logits of one document from the model's weights, dense, patch by patch."""
+    config, theta = model.config, model.config.rope_theta
+    tokens = torch.from_numpy(document.tokens).long()
+    lengths, late = patch_lengths(
+        document.tokens, VOCABULARY, strategy, aligned=document.aligned, breaks=document.breaks
+    )
+    stops = np.cumsum(lengths)
+    T, P, S = len(tokens), len(lengths), config.slots
+    t, p = torch.arange(T), torch.arange(P)
+    x = model.embedding.weight[tokens]
+    causal = p[:, None] >= p[None]
+    if config.architecture == "token":
+        for module in model.global_transformer.layers:
+            x = layer(x, module, causal, theta)
+        return norm(x, model.norm) @ model.head.weight.T
+    window = (t[:, None] >= t[None]) & (t[:, None] - t[None] < config.local_window)
+    encoder, decoder, heads = model.encoder, model.decoder, config.encoder.heads
+    for module in encoder.layers:
+        x = layer(x, module, window, theta)
+    pooled = torch.stack([x[a:b].amax(0) for a, b in zip(stops - lengths, stops, strict=True)])
+    q = (pooled @ encoder.slot_queries.weight.T).view(P * S, -1)
+    owner = torch.from_numpy(np.repeat(np.arange(P), lengths))
+    k, v = (
+        (norm(x, encoder.token_norm) @ encoder.key_value.weight.T).view(T, 2, heads, -1).unbind(1)
+    )
+    queries = (norm(q, encoder.query_norm) @ encoder.query.weight.T).view(P * S, heads, -1)
+    own = p.repeat_interleave(S)[:, None] == owner[None]
+    z = (q + dense(queries, k, v, own) @ encoder.output.weight.T).view(P, -1)
+    for module in model.global_transformer.layers:
+        z = layer(z, module, causal, theta)
+    readable_from = torch.from_numpy(stops - 1 + late)
+    read = (readable_from[None] <= t[:, None]) & (
+        readable_from.new_tensor([(readable_from <= i).sum() for i in range(T)])[:, None] - p[None]
+        <= (config.decoder_window or P)
+    )
+    slots = norm(z.view(P * S, -1), decoder.patch_norm)
+    kv = (slots @ decoder.key_value.weight.T).view(P * S, len(decoder.layers), 2, heads, -1)
+    for i, module in enumerate(decoder.layers):
+        q = (norm(x, module.cross_norm) @ module.cross_query.weight.T).view(T, heads, -1)
+        out = dense(q, kv[:, i, 0], kv[:, i, 1], read.repeat_interleave(S, 1))
+        x = layer(x + out @ module.cross_output.weight.T, module.layer, window, theta)
+    return norm(x, model.norm) @ model.head.weight.T
+
+
+@pytest.mark.parametrize("decoder_window", [1, 4, None])
+@pytest.mark.parametrize(("architecture", "name"), ARCHITECTURES)
+def test_logits_follow_the_equations(architecture, name, decoder_window):
+    config = small_config(architecture=architecture, decoder_window=decoder_window)
+    model, docs = model_of(config), documents()
+    packed = logits(model, docs, STRATEGIES[name])
+    with torch.no_grad():
+        expected = [oracle_logits(model, document, STRATEGIES[name]) for document in docs]
+    # rotary angles are computed in float32 by the model and in float64 by the oracle
+    torch.testing.assert_close(packed, torch.cat(expected), atol=2e-5, rtol=1e-4)
+
+
+# --- losses, sizes, settings --------------------------------------------------------------------
+
+
+def test_chunked_losses_and_gradients_equal_those_of_all_logits_at_once():
+    torch.manual_seed(0)
+    head = torch.nn.Linear(6, 11, bias=False).double()
+    x = torch.randn(23, 6, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, 11, (23,))
+    targets[::4] = -100
+    weights = torch.rand(23)
+    chunked = token_losses(x, head, targets, rows=5)
+    got = torch.autograd.grad((chunked * weights).sum(), (x, head.weight))
+    whole = F.cross_entropy(head(x).float(), targets, ignore_index=-100, reduction="none")
+    expected = torch.autograd.grad((whole * weights).sum(), (x, head.weight))
+    torch.testing.assert_close(chunked, whole)
+    assert (chunked[::4] == 0).all()
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_forward_is_the_loss_of_the_logits():
+    model = model_of(small_config())
+    batch = pack_documents(documents(), VOCABULARY, Static(size=3), model.config.plan())
+    expected = F.cross_entropy(
+        model.logits(batch).float(), batch.targets, ignore_index=-100, reduction="none"
+    )
+    torch.testing.assert_close(model(batch), expected)
+
+
+def test_the_paper_sizes_are_those_of_table_7():
+    with torch.device("meta"):
+        counts = count_parameters(build_model(ModelConfig(), 5 + 32000 + 501))
+    assert round(counts["global_transformer"] / 1e6, 1) == 1284.6
+    assert counts["total"] == sum(v for k, v in counts.items() if k != "total")
+    assert 1.4e9 < counts["total"] < 1.6e9
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dim": 30, "heads": 4}, "does not split into 4 heads"),
+        ({"layers": 0}, "must be positive"),
+    ],
+)
+def test_impossible_stacks_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        StackConfig(**({"layers": 1, "dim": 32, "heads": 2} | changes))
+
+
+def test_widths_that_do_not_fit_are_refused():
+    with pytest.raises(UserError, match="multiple of 16"):
+        small_config(global_transformer=StackConfig(layers=1, dim=40, heads=2))
+    with pytest.raises(UserError, match="widths must agree"):
+        small_config(decoder=StackConfig(layers=1, dim=32, heads=2))
