@@ -1,6 +1,7 @@
 """``python -m lst.train [PRESET] [--options]``, or the same under ``torchrun``."""
 
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +16,7 @@ from lst.train.loop import train
 from lst.train.run_folder import read_run_config
 
 DEFAULT_PRESET = "demo"
+SILENCE = 5.0  # seconds that the other ranks leave rank 0 to speak of a mistake
 
 # What a run may be resumed with another value of: where things are and how often it tells of them.
 FREE_ON_RESUME = frozenset(
@@ -109,9 +111,11 @@ def main() -> None:
         except UserError as error:  # every rank parses the same command line
             raise SharedError(str(error)) from None
         train(config, resume=resume)
-    except SharedError:
-        if launched_rank() == 0:  # which speaks for all
+    except (SharedError, SystemExit) as error:
+        if launched_rank() == 0 or (isinstance(error, SystemExit) and not error.code):
             raise
+        # Rank 0 speaks for all; torchrun would end it in mid-sentence if another rank left first.
+        time.sleep(SILENCE)
         raise SystemExit(2) from None
 
 

@@ -68,8 +68,8 @@ def train(config: TrainConfig, *, resume: bool = False) -> None:
             run = prepare(config, world, resume=resume)
             stack.callback(run.log.close)
             take_steps(run, interrupt)
-        run.log.plot()
         if run.state.step < config.steps:
+            run.log.plot()  # a run that ends has drawn them with its last validation
             run.log.say(
                 f"{interrupt.signal}: stopped after step {run.state.step}; "
                 f"go on by: python -m lst.train --resume {config.out}"

@@ -17,21 +17,7 @@ from lst.train.config import OptimizerConfig, TrainConfig
 from lst.vocabulary import train_tokenizer
 
 NUM_UNITS = 20
-WORDS = [
-    "a",
-    "story",
-    "of",
-    "the",
-    "small",
-    "red",
-    "fox",
-    "who",
-    "went",
-    "over",
-    "long",
-    "hills",
-    "to",
-]
+WORDS = ["a", "story", "of", "the", "small", "red", "fox", "who", "went", "over", "hills"]
 
 
 def spoken(name: str, rng: random.Random, words: int) -> Record:
@@ -74,6 +60,12 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 for index in range(records):
                     writer.write(make(f"{split}-{name}-{index}", rng, 40))
     return folder
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No ``loss.png``: drawing takes longer than a tiny run."""
+    monkeypatch.setattr("lst.train.metrics.plot_losses", lambda *_: None)
 
 
 @pytest.fixture

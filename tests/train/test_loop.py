@@ -90,6 +90,7 @@ def test_a_run_writes_what_it_promises(tiny: Tiny, capsys: pytest.CaptureFixture
     assert not (out / "story_completion.json").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_loss_falls(tiny: Tiny) -> None:
     config = tiny(steps=40, checkpoint_every=40, validate_every=40)
     train(config)
@@ -97,6 +98,7 @@ def test_the_loss_falls(tiny: Tiny) -> None:
     assert sum(curve[-5:]) / 5 < curve[0] - 0.5
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_stories_are_completed_at_the_end(
     tiny: Tiny, stories: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -108,6 +110,7 @@ def test_stories_are_completed_at_the_end(
     assert table in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_same_run_twice_is_the_same_bit_for_bit(tiny: Tiny) -> None:
     first, second = tiny("first"), tiny("second")
     train(first)
@@ -115,6 +118,7 @@ def test_the_same_run_twice_is_the_same_bit_for_bit(tiny: Tiny) -> None:
     assert_same_run(first, second)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_another_seed_is_another_run(tiny: Tiny) -> None:
     first, second = tiny("first", steps=1), tiny("second", steps=1, seed=1)
     train(first)
@@ -122,6 +126,7 @@ def test_another_seed_is_another_run(tiny: Tiny) -> None:
     assert losses(first) != losses(second)
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("step", [1, 4, 6])
 def test_a_killed_run_goes_on_as_if_it_had_not_stopped(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, step: int
@@ -147,6 +152,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_stopped(
     assert_same_run(whole, killed)
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("step", [3, 5])
 def test_a_signal_lets_the_step_finish_and_the_run_goes_on(
@@ -175,6 +181,7 @@ def test_a_signal_lets_the_step_finish_and_the_run_goes_on(
     assert_same_run(whole, stopped)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_signal_during_validation_stops_it(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, stopped = tiny("whole"), tiny("stopped")
     train(whole)
@@ -192,6 +199,7 @@ def test_a_signal_during_validation_stops_it(tiny: Tiny, monkeypatch: pytest.Mon
     assert_same_run(whole, stopped)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_finished_run_resumed_takes_no_step(tiny: Tiny) -> None:
     config = tiny(steps=2)
     train(config)
@@ -200,6 +208,7 @@ def test_a_finished_run_resumed_takes_no_step(tiny: Tiny) -> None:
     assert lines(config) == before
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_accumulation_changes_nothing(tiny: Tiny) -> None:
     once, twice = tiny("once"), tiny("twice", accumulation=2)
     train(once)
@@ -210,6 +219,7 @@ def test_accumulation_changes_nothing(tiny: Tiny) -> None:
         assert a.get("grad_norm", 0) == pytest.approx(b.get("grad_norm", 0), rel=1e-3)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,6 +247,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
     assert newest_checkpoint(config.out).name == "step-00000002"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_diverging_run_stops(tiny: Tiny) -> None:
     config = tiny()
     config = replace(config, optimizer=replace(config.optimizer, lr=1e38, warmup_steps=0))
@@ -244,6 +255,7 @@ def test_a_diverging_run_stops(tiny: Tiny) -> None:
         train(config)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_folder_that_holds_a_run_is_left_alone(tiny: Tiny) -> None:
     config = tiny(steps=1)
     train(config)
@@ -268,6 +280,7 @@ def test_a_missing_corpus_is_named_and_nothing_is_left(tiny: Tiny, tmp_path: Pat
     assert not config.out.exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_is_not_resumed_on_other_data(tiny: Tiny) -> None:
     config = tiny(steps=1)
     train(config)
@@ -277,6 +290,7 @@ def test_a_run_is_not_resumed_on_other_data(tiny: Tiny) -> None:
         train(config, resume=True)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_process_is_left_as_it_was(tiny: Tiny) -> None:
     threads = torch.get_num_threads()
     train(tiny(steps=1))
