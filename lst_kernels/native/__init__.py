@@ -11,27 +11,64 @@ import ctypes
 import functools
 import sys
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-__all__ = ["patch_pool", "patch_pool_backward", "unavailable_reason"]
+from lst_kernels.ranges import KeyRanges
 
+__all__ = [
+    "patch_pool",
+    "patch_pool_backward",
+    "range_attention",
+    "range_attention_backward",
+    "set_level",
+    "unavailable_reason",
+]
+
+Family: TypeAlias = Literal["auto", "patch-owned", "tiled"]
 Reduce: TypeAlias = Literal["mean", "sum", "max"]
 
 # What follows mirrors the C++ sources: setup.py gives the file its name, interface.cpp its version,
-# patch_pool.cpp the numbers of the reductions.
+# levels.h the numbers of the levels, attention.h those of the dtypes and families and the structure,
+# patch_pool.cpp those of the reductions.
 LIBRARY = Path(__file__).with_name(
     "liblst_kernels" + {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 )
-ABI_VERSION = 1
+ABI_VERSION = 2
+LEVELS = ("portable", "avx2", "avx512")
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
+_FAMILY_CODES = {"auto": 0, "patch-owned": 1, "tiled": 2}
 _REDUCE_CODES = {"mean": 0, "sum": 1, "max": 2}
+
+
+class _RangeAttention(ctypes.Structure):
+    """LstRangeAttention of attention.h."""
+
+    _fields_ = (
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("q", "k", "v", "start", "stop", "out", "lse", "grad_out")
+            + ("grad_q", "grad_k", "grad_v")
+        ),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("q_row", "q_head", "k_row", "k_head", "v_row", "v_head")
+            + ("grad_out_row", "grad_out_head")
+            + ("num_queries", "num_keys", "num_heads", "num_kv_heads", "head_dim")
+        ),
+        ("scale", ctypes.c_double),
+        *((name, ctypes.c_int32) for name in ("dtype", "family", "num_threads")),
+    )
+
 
 _BUFFERS_SIZES_CODES = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 3 + [ctypes.c_int32] * 2
 _ARGUMENTS = {
     "lst_patch_pool_f32": _BUFFERS_SIZES_CODES,
     "lst_patch_pool_backward_f32": _BUFFERS_SIZES_CODES,
+    "lst_range_attention_forward": [ctypes.POINTER(_RangeAttention)],
+    "lst_range_attention_backward": [ctypes.POINTER(_RangeAttention)],
 }
 
 
@@ -39,6 +76,72 @@ def unavailable_reason() -> str | None:
     """Say in one line why the native library cannot be used; ``None`` where it can."""
     loaded = _load(LIBRARY)
     return loaded if isinstance(loaded, str) else None
+
+
+def set_level(highest: str) -> str:
+    """Let attention use no instruction set above this one from now on, for tests of the others.
+
+    Args:
+        highest: one of ``LEVELS``; ``"portable"`` is the baseline of the architecture.
+
+    Returns:
+        The level that then runs: the highest allowed one that the library and the machine have.
+    """
+    library = _load(LIBRARY)
+    if isinstance(library, str):
+        raise RuntimeError(library)
+    return LEVELS[library.lst_set_level(LEVELS.index(highest))]
+
+
+def range_attention(
+    q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges, scale: float, *, family: Family = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Attention over ranges of keys.
+
+    Args:
+        q: (Q, Hq, D) on the CPU, with any strides. float32, bfloat16 or float64, or float16, which
+            is computed as float32.
+        k, v: (K, Hkv, D) of the same dtype. D is at most 256.
+        family: ``"patch-owned"`` reads each range directly and needs ranges that share no key;
+            ``"tiled"`` takes tiles of queries and keys; ``"auto"`` chooses by the ranges.
+
+    Returns:
+        out (Q, Hq, D), in q's dtype; lse (Q, Hq), float32 or float64. An empty range gives 0, −inf.
+
+    Raises:
+        ValueError: the ranges fall or leave the keys, or are not for the family asked for.
+    """
+    dtype = q.dtype
+    q, k, v = map(_computable, (q, k, v))
+    out = torch.empty(q.shape, dtype=q.dtype)
+    lse = torch.empty(q.shape[:2], dtype=_lse_dtype(q))
+    _attend("lst_range_attention_forward", q, k, v, ranges, scale, family, out=out, lse=lse)
+    return out.to(dtype), lse
+
+
+def range_attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    ranges: KeyRanges,
+    scale: float,
+    *,
+    family: Family = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, from the gradient (Q, Hq, D) of out; the rest as in the forward."""
+    dtype = q.dtype
+    q, k, v, grad, out = map(_computable, (q, k, v, grad, out))
+    grads = [torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)]
+    _attend(
+        *("lst_range_attention_backward", q, k, v, ranges, scale, family),
+        **dict(out=out.contiguous(), lse=lse.contiguous(), grad_out=grad),
+        **dict(zip(("grad_q", "grad_k", "grad_v"), grads, strict=True)),
+    )
+    grad_q, grad_k, grad_v = (x.to(dtype) for x in grads)
+    return grad_q, grad_k, grad_v
 
 
 def patch_pool(x: Tensor, cu_patches: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor | None]:
@@ -58,7 +161,7 @@ def patch_pool(x: Tensor, cu_patches: Tensor, reduce: Reduce) -> tuple[Tensor, T
         ValueError: an argument is not as above.
     """
     _check("x", x, torch.float32, 2)
-    _check("cu_patches", cu_patches, torch.int32, 1)
+    _check_offsets(cu_patches)
     num_tokens, num_features = x.shape
     num_patches = cu_patches.shape[0] - 1
     out = x.new_empty(num_patches, num_features)
@@ -91,7 +194,7 @@ def patch_pool_backward(
         ValueError: an argument is not as above.
     """
     _check("grad", grad, torch.float32, 2)
-    _check("cu_patches", cu_patches, torch.int32, 1)
+    _check_offsets(cu_patches)
     num_patches, num_features = grad.shape
     if cu_patches.shape[0] != num_patches + 1:
         raise ValueError(f"cu_patches has {cu_patches.shape[0]} offsets for {num_patches} patches")
@@ -111,6 +214,51 @@ def patch_pool_backward(
     return grad_x
 
 
+def _computable(x: Tensor) -> Tensor:
+    """The tensor in a dtype that the library computes, its last dimension contiguous."""
+    x = x.float() if x.dtype == torch.float16 else x
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _lse_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _attend(
+    function: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranges: KeyRanges,
+    scale: float,
+    family: Family,
+    **buffers: Tensor,
+) -> None:
+    """Call one of the two attention functions; ``buffers`` are those that it has beyond q, k, v."""
+    buffers = dict(q=q, k=k, v=v, start=ranges.start, stop=ranges.stop) | buffers
+    for name in ("start", "stop"):
+        _check(name, buffers[name], torch.int32, 1)
+    arguments = _RangeAttention(
+        **{name: buffer.data_ptr() for name, buffer in buffers.items()},
+        **{
+            f"{name}_{kind}": buffers[name].stride(dimension)
+            for name in ("q", "k", "v", "grad_out")
+            if name in buffers
+            for dimension, kind in enumerate(("row", "head"))
+        },
+        num_queries=q.shape[0],
+        num_keys=k.shape[0],
+        num_heads=q.shape[1],
+        num_kv_heads=k.shape[1],
+        head_dim=q.shape[2],
+        scale=scale,
+        dtype=_DTYPE_CODES[q.dtype],
+        family=_FAMILY_CODES[family],
+        num_threads=torch.get_num_threads(),
+    )
+    _call(function, ctypes.byref(arguments))
+
+
 def _check(name: str, tensor: Tensor, dtype: torch.dtype, num_dimensions: int) -> None:
     """Refuse a tensor whose buffer the library would misread."""
     expected = f"contiguous {dtype} of {num_dimensions} dimensions on the CPU"
@@ -119,8 +267,12 @@ def _check(name: str, tensor: Tensor, dtype: torch.dtype, num_dimensions: int) -
         raise ValueError(f"{name}: expected {expected}, got {got}")
     if not tensor.is_contiguous():
         raise ValueError(f"{name}: expected {expected}, got strides {tensor.stride()}")
-    if num_dimensions == 1 and tensor.numel() == 0:
-        raise ValueError(f"{name}: expected at least the offset 0, got none")
+
+
+def _check_offsets(cu_patches: Tensor) -> None:
+    _check("cu_patches", cu_patches, torch.int32, 1)
+    if cu_patches.numel() == 0:
+        raise ValueError("cu_patches: expected at least the offset 0, got none")
 
 
 def _code(reduce: Reduce) -> int:
@@ -129,7 +281,7 @@ def _code(reduce: Reduce) -> int:
     return _REDUCE_CODES[reduce]
 
 
-def _call(function: str, *arguments: Tensor | int | None) -> None:
+def _call(function: str, *arguments: Any) -> None:
     library = _load(LIBRARY)
     if isinstance(library, str):
         raise RuntimeError(library)

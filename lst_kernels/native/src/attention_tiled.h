@@ -1,0 +1,377 @@
+// The tiled family. Scores are in units of log2: the scale times log2(e) is folded into the queries
+// (forward) or the keys (backward) when they are packed, so that exp2 needs no product.
+#pragma once
+
+#include <math.h>
+
+#include "attention.h"
+#include "product.h"
+
+namespace {
+
+constexpr double kLog2E = 1.44269504088896340736;
+constexpr double kLn2 = 0.693147180559945309417;
+
+template <class T>
+struct Tiled {
+  typedef typename Compute<T>::type C;
+  typedef typename Simd<C>::V V;
+  typedef typename Simd<C>::I I;
+  typedef typename Simd<C>::Integer Integer;
+  typedef lst::Attention Attention;
+  static constexpr int64_t kWidth = kLanes<C>;
+  static constexpr int64_t kRows = lst::kTileQueries;
+
+  // --- rows of tensors, packed ---------------------------------------------------------------
+
+  static int64_t padded(const Attention& p) { return round_up(p.head_dim, kWidth); }
+
+  // (count, D) rows -> (count, width) packed and multiplied; columns past D are 0.
+  static void pack(C* target, int64_t width, const T* source, int64_t stride, int64_t count,
+                   int64_t head_dim, C factor) {
+    const int64_t whole = head_dim / kWidth * kWidth;
+    for (int64_t i = 0; i < count; ++i, source += stride, target += width) {
+      for (int64_t d = 0; d < whole; d += kWidth) {
+        store(target + d, load_row<C>(source + d) * factor);
+      }
+      if (whole < head_dim) {
+        store(target + whole, load_part<C>(source + whole, head_dim - whole) * factor);
+      }
+    }
+  }
+
+  // (count, width) packed rows -> (D, columns), transposed and multiplied; columns past count are 0.
+  static void transpose(C* target, int64_t columns, const C* rows, int64_t width, int64_t count,
+                        int64_t head_dim, C factor) {
+    for (int64_t d = 0; d < head_dim; ++d) {
+      C* const line = target + d * columns;
+      for (int64_t i = 0; i < count; ++i) line[i] = rows[i * width + d] * factor;
+      for (int64_t i = count; i < columns; ++i) line[i] = 0;
+    }
+  }
+
+  // Rows r … r + count - 1 of one key head: a query's heads side by side, then the next query's.
+  static void pack_rows(C* target, int64_t width, const T* tensor, int64_t row_stride,
+                        int64_t head_stride, const Attention& p, int64_t kv_head, int64_t r,
+                        int64_t count, C factor) {
+    const int64_t group = p.group();
+    for (int64_t end = r + count; r < end;) {
+      const int64_t query = r / group, head = r % group;
+      const T* const source = tensor + query * row_stride + (kv_head * group + head) * head_stride;
+      // With one head a query the rows are evenly spaced.
+      const int64_t run = group == 1 ? end - r : smaller(group - head, end - r);
+      const int64_t stride = group == 1 ? row_stride : head_stride;
+      pack(target, width, source, stride, run, p.head_dim, factor);
+      target += run * width;
+      r += run;
+    }
+  }
+
+  // Where row r of a key head lies in a contiguous (Q, Hq) tensor.
+  static int64_t place(const Attention& p, int64_t kv_head, int64_t r) {
+    const int64_t group = p.group();
+    return r / group * p.num_heads + kv_head * group + r % group;
+  }
+
+  // --- forward ---------------------------------------------------------------------------------
+
+  struct ForwardScratch {
+    C *query_columns, *keys, *values, *scores, *out, *maximum, *total, *decay;
+    Integer *start, *stop;
+
+    ForwardScratch(const Attention& p, void* memory) {
+      C* next = static_cast<C*>(memory);
+      auto take = [&](int64_t count) { C* const taken = next; next += count; return taken; };
+      query_columns = take(p.head_dim * kRows);
+      keys = take(lst::kForwardKeys * padded(p));
+      values = take(lst::kForwardKeys * padded(p));
+      scores = take(lst::kForwardKeys * kRows);
+      out = take(kRows * padded(p));
+      maximum = take(kRows);
+      total = take(kRows);
+      decay = take(kRows);
+      start = reinterpret_cast<Integer*>(take(kRows));
+      stop = reinterpret_cast<Integer*>(take(kRows));
+    }
+  };
+
+  static size_t forward_scratch(const Attention& p) {
+    const int64_t width = padded(p);
+    return sizeof(C) * static_cast<size_t>(p.head_dim * kRows + 2 * lst::kForwardKeys * width +
+                                           lst::kForwardKeys * kRows + kRows * width + 5 * kRows);
+  }
+
+  // Scores (keys, 64): one key a line, so that each lane belongs to a row and the softmax needs no
+  // sums across lanes. Turns scores into weights and says by how much earlier sums must shrink.
+  template <bool kMasked>
+  static void soften(const ForwardScratch& s, int64_t first_key, int64_t num_keys, int64_t num_rows) {
+    const V nothing = splat<C>(-HUGE_VAL);
+    for (int64_t r = 0; r < num_rows; r += kWidth) {
+      C* const lane = s.scores + r;
+      const I start = load<I>(s.start + r), stop = load<I>(s.stop + r);
+      const V before = load<V>(s.maximum + r);
+      V maximum = before;
+      for (int64_t k = 0; k < num_keys; ++k) {
+        V score = load<V>(lane + k * kRows);
+        if (kMasked) {
+          const I key = static_cast<Integer>(first_key + k) - I{};
+          score = ((key >= start) & (key < stop)) ? score : nothing;
+          store(lane + k * kRows, score);
+        }
+        maximum = greater_of(score, maximum);
+      }
+      // A row that has read no key yet: all its weights are exp2(-infinity - 0) = 0.
+      const V base = maximum == nothing ? V{} : maximum;
+      const V decay = exp2(before - base);
+      V total = load<V>(s.total + r) * decay;
+      for (int64_t k = 0; k < num_keys; ++k) {
+        const V weight = exp2(load<V>(lane + k * kRows) - base);
+        total += weight;
+        store(lane + k * kRows, weight);
+      }
+      store(s.maximum + r, maximum);
+      store(s.total + r, total);
+      store(s.decay + r, decay);
+    }
+  }
+
+  static void forward_tile(const Attention& p, int64_t row_tile, int64_t kv_head, void* memory) {
+    const ForwardScratch s(p, memory);
+    const int64_t width = padded(p), group = p.group();
+    const int64_t first_row = row_tile * kRows;
+    const int64_t num_rows = smaller(kRows, p.num_rows() - first_row);
+    const int64_t num_lanes = round_up(num_rows, kWidth);
+    // The rows are packed where the weighted values will be summed, then turned into columns.
+    pack_rows(s.out, width, static_cast<const T*>(p.q), p.q_row, p.q_head, p, kv_head, first_row,
+              num_rows, static_cast<C>(p.scale * kLog2E));
+    transpose(s.query_columns, kRows, s.out, width, num_rows, p.head_dim, C(1));
+    for (int64_t r = 0; r < kRows; ++r) {
+      const int64_t query = (first_row + r) / group;
+      s.start[r] = r < num_rows ? p.start[query] : 0;
+      s.stop[r] = r < num_rows ? p.stop[query] : 0;
+      s.maximum[r] = -HUGE_VAL;
+      s.total[r] = 0;
+    }
+    for (int64_t i = 0; i < kRows * width; ++i) s.out[i] = 0;
+
+    const int64_t last = num_rows - 1, end = s.stop[last];
+    const T* const k = static_cast<const T*>(p.k) + kv_head * p.k_head;
+    const T* const v = static_cast<const T*>(p.v) + kv_head * p.v_head;
+    for (int64_t first_key = s.start[0]; first_key < end; first_key += lst::kForwardKeys) {
+      const int64_t num_keys = smaller(lst::kForwardKeys, end - first_key);
+      pack(s.keys, width, k + first_key * p.k_row, p.k_row, num_keys, p.head_dim, C(1));
+      pack(s.values, width, v + first_key * p.v_row, p.v_row, num_keys, p.head_dim, C(1));
+      product<Onto::kNothing>(s.scores, kRows, Spread<C>{s.keys, width, 1}, s.query_columns, kRows,
+                              num_keys, num_lanes, p.head_dim);
+      if (s.start[last] <= first_key && first_key + num_keys <= s.stop[0]) {
+        soften<false>(s, first_key, num_keys, num_lanes);
+      } else {
+        soften<true>(s, first_key, num_keys, num_lanes);
+      }
+      product<Onto::kScaledSum>(s.out, width, Spread<C>{s.scores, 1, kRows}, s.values, width,
+                                num_rows, width, num_keys, s.decay);
+    }
+    for (int64_t r = 0; r < num_rows; ++r) {
+      const int64_t at = place(p, kv_head, first_row + r);
+      const C total = s.total[r];
+      // With s.total 0 nothing was read: the sums are 0, and so is their share.
+      const C share = total == 0 ? C(0) : 1 / total;
+      unpack(static_cast<T*>(p.out) + at * p.head_dim, s.out + r * width, p.head_dim, share);
+      static_cast<C*>(p.lse)[at] = total == 0 ? static_cast<C>(-HUGE_VAL)
+                                              : static_cast<C>(s.maximum[r] * kLn2 + log(total));
+    }
+  }
+
+  static void unpack(T* target, const C* row, int64_t head_dim, C factor) {
+    int64_t d = 0;
+    for (; d + kWidth <= head_dim; d += kWidth) store_row(target + d, load<V>(row + d) * factor);
+    if (d < head_dim) store_part<C>(target + d, load<V>(row + d) * factor, head_dim - d);
+  }
+
+  // --- backward --------------------------------------------------------------------------------
+  //
+  // By tiles of keys, which own dk and dv; each in turn adds its part to dq (Turns). With the
+  // probabilities P = exp2(S - lse) computed again from the saved lse,
+  //   dV = Pᵀ dO,   dS = P ∘ (dO Vᵀ - delta),   dK = scale · dSᵀ Q,   dQ = scale · dS K.
+
+  struct BackwardScratch {
+    C *key_columns, *value_columns, *keys, *grad_k, *grad_v;
+    C *queries, *grads, *weights, *grad_scores, *grad_q, *lse, *delta;
+    Integer *start, *stop;
+
+    BackwardScratch(const Attention& p, void* memory) {
+      C* next = static_cast<C*>(memory);
+      auto take = [&](int64_t count) { C* const taken = next; next += count; return taken; };
+      const int64_t width = padded(p);
+      key_columns = take(p.head_dim * lst::kBackwardKeys);
+      value_columns = take(p.head_dim * lst::kBackwardKeys);
+      keys = take(lst::kBackwardKeys * width);
+      grad_k = take(lst::kBackwardKeys * width);
+      grad_v = take(lst::kBackwardKeys * width);
+      queries = take(kRows * width);
+      grads = take(kRows * width);
+      weights = take(kRows * lst::kBackwardKeys);
+      grad_scores = take(kRows * lst::kBackwardKeys);
+      grad_q = take(kRows * width);
+      lse = take(kRows);
+      delta = take(kRows);
+      start = reinterpret_cast<Integer*>(take(kRows));
+      stop = reinterpret_cast<Integer*>(take(kRows));
+    }
+  };
+
+  static size_t backward_scratch(const Attention& p) {
+    const int64_t width = padded(p);
+    return sizeof(C) * static_cast<size_t>(2 * p.head_dim * lst::kBackwardKeys +
+                                           3 * lst::kBackwardKeys * width + 3 * kRows * width +
+                                           2 * kRows * lst::kBackwardKeys + 4 * kRows);
+  }
+
+  // delta = sum over D of grad_out ∘ out, and an empty grad_q, for all heads of a query.
+  static void backward_prepare(const Attention& p, int64_t query) {
+    const T* const grad = static_cast<const T*>(p.grad_out) + query * p.grad_out_row;
+    const int64_t at = query * p.num_heads;
+    const T* const out = static_cast<const T*>(p.out) + at * p.head_dim;
+    C* const grad_q = static_cast<C*>(p.grad_q_sum) + at * p.head_dim;
+    for (int64_t head = 0; head < p.num_heads; ++head) {
+      static_cast<C*>(p.delta)[at + head] =
+          dot(grad + head * p.grad_out_head, out + head * p.head_dim, p.head_dim);
+    }
+    for (int64_t i = 0; i < p.num_heads * p.head_dim; ++i) grad_q[i] = 0;
+  }
+
+  static C dot(const T* a, const T* b, int64_t count) {
+    V sum = {};
+    int64_t d = 0;
+    for (; d + kWidth <= count; d += kWidth) sum += load_row<C>(a + d) * load_row<C>(b + d);
+    if (d < count) sum += load_part<C>(a + d, count - d) * load_part<C>(b + d, count - d);
+    return lane_sum<C>(sum);
+  }
+
+  // grad_q in T where it was summed up elsewhere.
+  static void backward_finish(const Attention& p, int64_t query) {
+    const int64_t first = query * p.num_heads * p.head_dim;
+    unpack(static_cast<T*>(p.grad_q) + first, static_cast<const C*>(p.grad_q_sum) + first,
+           p.num_heads * p.head_dim, C(1));
+  }
+
+  // Columns [from, to) of the tile's scores become weights and, from dP, gradients of scores.
+  template <bool kMasked>
+  static void differentiate(const BackwardScratch& s, int64_t first_key, int64_t from, int64_t to,
+                            int64_t num_rows) {
+    const I lanes = lane_numbers<C>();
+    for (int64_t r = 0; r < num_rows; ++r) {
+      C* const weights = s.weights + r * lst::kBackwardKeys;
+      C* const grads = s.grad_scores + r * lst::kBackwardKeys;
+      const C lse = s.lse[r], delta = s.delta[r];
+      // The only score of a row has no gradient. Here it would be what rounding leaves of dP - delta.
+      const C live = s.stop[r] - s.start[r] == 1 ? 0 : 1;
+      for (int64_t k = from; k < to; k += kWidth) {
+        V weight = exp2(load<V>(weights + k) - lse);
+        V grad = weight * live * (load<V>(grads + k) - delta);
+        if (kMasked) {
+          const I key = lanes + static_cast<Integer>(first_key + k);
+          const I read = (key >= s.start[r]) & (key < s.stop[r]);
+          weight = read ? weight : V{};
+          grad = read ? grad : V{};
+        }
+        store(weights + k, weight);
+        store(grads + k, grad);
+      }
+    }
+  }
+
+  static void backward_tile(const Attention& p, const lst::KeyTile& tile, int64_t key_tile,
+                            int64_t kv_head, const lst::Turns& turns, void* memory) {
+    const BackwardScratch s(p, memory);
+    const int64_t width = padded(p), first_key = key_tile * lst::kBackwardKeys;
+    const int64_t num_keys = smaller(lst::kBackwardKeys, p.num_keys - first_key);
+    for (int64_t i = 0; i < lst::kBackwardKeys * width; ++i) s.grad_k[i] = s.grad_v[i] = 0;
+
+    if (tile.first_row < tile.last_row) {
+      const T* const k = static_cast<const T*>(p.k) + first_key * p.k_row + kv_head * p.k_head;
+      const T* const v = static_cast<const T*>(p.v) + first_key * p.v_row + kv_head * p.v_head;
+      pack(s.keys, width, v, p.v_row, num_keys, p.head_dim, C(1));
+      transpose(s.value_columns, lst::kBackwardKeys, s.keys, width, num_keys, p.head_dim, C(1));
+      pack(s.keys, width, k, p.k_row, num_keys, p.head_dim, static_cast<C>(p.scale));
+      transpose(s.key_columns, lst::kBackwardKeys, s.keys, width, num_keys, p.head_dim,
+                static_cast<C>(kLog2E));
+      // Padding is read as a product's operand: it must not be what an earlier tile left.
+      for (int64_t i = num_keys * width; i < lst::kBackwardKeys * width; ++i) s.keys[i] = 0;
+    }
+    for (int64_t r = tile.first_row; r < tile.last_row;) {
+      const int64_t row_tile = r / kRows;
+      const int64_t num_rows = smaller((row_tile + 1) * kRows, tile.last_row) - r;
+      const bool any = backward_pair(p, s, first_key, num_keys, kv_head, r, num_rows);
+      int32_t* const taken = turns.taken + kv_head * p.num_row_tiles() + row_tile;
+      const int32_t turn = tile.number - turns.first[row_tile];
+      while (__atomic_load_n(taken, __ATOMIC_ACQUIRE) != turn) turns.pause();
+      if (any) add_grad_q(p, s, kv_head, r, num_rows);
+      __atomic_store_n(taken, turn + 1, __ATOMIC_RELEASE);
+      r += num_rows;
+    }
+    for (int64_t i = 0; i < num_keys; ++i) {
+      const int64_t at = ((first_key + i) * p.num_kv_heads + kv_head) * p.head_dim;
+      unpack(static_cast<T*>(p.grad_k) + at, s.grad_k + i * width, p.head_dim,
+             static_cast<C>(p.scale));
+      unpack(static_cast<T*>(p.grad_v) + at, s.grad_v + i * width, p.head_dim, C(1));
+    }
+  }
+
+  // Rows r … r + num_rows - 1 (of one row tile) against the tile's keys: adds to grad_k and grad_v,
+  // leaves their part of grad_q. False where these rows read none of the keys.
+  static bool backward_pair(const Attention& p, const BackwardScratch& s, int64_t first_key,
+                            int64_t num_keys, int64_t kv_head, int64_t r, int64_t num_rows) {
+    const int64_t group = p.group(), width = padded(p);
+    const int64_t head_query = r / group, tail_query = (r + num_rows - 1) / group;
+    const int64_t low = larger(p.start[head_query] - first_key, 0);
+    const int64_t high = smaller(p.stop[tail_query] - first_key, num_keys);
+    if (low >= high) return false;
+    const int64_t from = low / kWidth * kWidth, to = round_up(high, kWidth), span = to - from;
+    for (int64_t i = 0; i < num_rows; ++i) {
+      const int64_t query = (r + i) / group, at = place(p, kv_head, r + i);
+      s.start[i] = p.start[query];
+      s.stop[i] = p.stop[query];
+      s.lse[i] = static_cast<const C*>(p.lse)[at] * static_cast<C>(kLog2E);
+      s.delta[i] = static_cast<const C*>(p.delta)[at];
+    }
+    pack_rows(s.queries, width, static_cast<const T*>(p.q), p.q_row, p.q_head, p, kv_head, r,
+              num_rows, C(1));
+    pack_rows(s.grads, width, static_cast<const T*>(p.grad_out), p.grad_out_row, p.grad_out_head, p,
+              kv_head, r, num_rows, C(1));
+    constexpr int64_t kKeys = lst::kBackwardKeys;
+    product<Onto::kNothing>(s.weights + from, kKeys, Spread<C>{s.queries, width, 1},
+                            s.key_columns + from, kKeys, num_rows, span, p.head_dim);
+    product<Onto::kNothing>(s.grad_scores + from, kKeys, Spread<C>{s.grads, width, 1},
+                            s.value_columns + from, kKeys, num_rows, span, p.head_dim);
+    const bool whole = p.start[tail_query] <= first_key + from && p.stop[head_query] >= first_key + to;
+    if (whole) {
+      differentiate<false>(s, first_key, from, to, num_rows);
+    } else {
+      differentiate<true>(s, first_key, from, to, num_rows);
+    }
+    product<Onto::kSum>(s.grad_v + from * width, width, Spread<C>{s.weights + from, 1, kKeys},
+                        s.grads, width, span, width, num_rows);
+    product<Onto::kSum>(s.grad_k + from * width, width, Spread<C>{s.grad_scores + from, 1, kKeys},
+                        s.queries, width, span, width, num_rows);
+    product<Onto::kNothing>(s.grad_q, width, Spread<C>{s.grad_scores + from, kKeys, 1},
+                            s.keys + from * width, width, num_rows, width, span);
+    return true;
+  }
+
+  static void add_grad_q(const Attention& p, const BackwardScratch& s, int64_t kv_head, int64_t r,
+                         int64_t num_rows) {
+    const int64_t width = padded(p);
+    for (int64_t i = 0; i < num_rows; ++i) {
+      C* const target = static_cast<C*>(p.grad_q_sum) + place(p, kv_head, r + i) * p.head_dim;
+      const C* const part = s.grad_q + i * width;
+      int64_t d = 0;
+      for (; d + kWidth <= p.head_dim; d += kWidth) {
+        store(target + d, load<V>(target + d) + load<V>(part + d));
+      }
+      for (; d < p.head_dim; ++d) target[d] += part[d];
+    }
+  }
+};
+
+}  // namespace
