@@ -173,7 +173,7 @@ class _Scene:
     opening: str
     wish: str
     work: str
-    turn_opener: str
+    turn_opener: int
     turn: int
     result: str
     reaction: int
@@ -200,7 +200,7 @@ def _draw_scene(rng: random.Random, topic: Topic, child: str) -> _Scene:
         opening=rng.choice(words.OPENINGS),
         wish=rng.choice(words.WISH_OPENERS) + rng.choice(topic.wishes),
         work=rng.choice(words.WORK_OPENERS) + rng.choice(topic.works),
-        turn_opener=rng.choice(words.TURN_OPENERS),
+        turn_opener=rng.randrange(len(words.GOOD_TURN_OPENERS)),
         turn=rng.randrange(len(topic.good_turns)),
         result=rng.choice(words.ENDING_OPENERS) + rng.choice(topic.results),
         reaction=rng.randrange(len(words.GOOD_REACTIONS)),
@@ -209,8 +209,12 @@ def _draw_scene(rng: random.Random, topic: Topic, child: str) -> _Scene:
 
 def _tell(scene: _Scene, thing: Thing, good: bool) -> tuple[str, str, str, str, str]:
     """Fill in the clauses of a scene for one thing and one turn."""
-    turns = scene.topic.good_turns if good else scene.topic.bad_turns
-    reactions = words.GOOD_REACTIONS if good else words.BAD_REACTIONS
+    if good:
+        openers, turns = words.GOOD_TURN_OPENERS, scene.topic.good_turns
+        reactions = words.GOOD_REACTIONS
+    else:
+        openers, turns = words.BAD_TURN_OPENERS, scene.topic.bad_turns
+        reactions = words.BAD_REACTIONS
     he, him, his = ("she", "her", "her") if scene.child == "girl" else ("he", "him", "his")
     fields = {
         "name": scene.name,
@@ -238,7 +242,7 @@ def _tell(scene: _Scene, thing: Thing, good: bool) -> tuple[str, str, str, str, 
         sentence(scene.opening),
         sentence(scene.wish),
         sentence(scene.work),
-        sentence(scene.turn_opener + turns[scene.turn]),
+        sentence(openers[scene.turn_opener] + turns[scene.turn]),
         sentence(f"{scene.result}, and {reactions[scene.reaction]}"),
     )
 

@@ -12,7 +12,7 @@ one for a bad one. Clauses are written in lower case without a period, and may u
     {place} {season} {weather} {daytime} {trait}
 
 `good_turns[i]` and `bad_turns[i]` are two answers to one question (was the oven watched?), and so
-are `GOOD_REACTIONS[i]` and `BAD_REACTIONS[i]`: they are alike in length and differ in outcome.
+are the good and bad openers and reactions at one index: alike in length, they differ in outcome.
 """
 
 from dataclasses import dataclass
@@ -90,7 +90,8 @@ OPENINGS = (
 )
 WISH_OPENERS = ("", "", "", "one day, ", "that week, ", "one {weather} {daytime}, ")
 WORK_OPENERS = ("", "", "so ", "first, ")
-TURN_OPENERS = ("", "", "then ", "later, ")
+GOOD_TURN_OPENERS = ("", "", "then ", "luckily, ")
+BAD_TURN_OPENERS = ("", "", "then ", "sadly, ")
 ENDING_OPENERS = ("", "", "at last, ", "finally, ")
 
 GOOD_REACTIONS = (
@@ -145,7 +146,7 @@ TOPICS = (
             Thing("apple pie", "red apples and brown sugar", "crisp and juicy", "cold and soggy"),
             Thing("cherry tart", "ripe cherries and cream", "shiny and red", "cracked and runny"),
             Thing("cheese roll", "yellow cheese and salt", "soft and rich", "hard as a stone"),
-            Thing("nut bread", "chopped nuts and yeast", "tall and light", "heavy and raw"),
+            Thing("nut loaf", "chopped nuts and yeast", "tall and light", "heavy and raw"),
             Thing("lemon cake", "fresh lemons and eggs", "fluffy and fresh", "sour and lumpy"),
         ),
     ),
@@ -179,7 +180,7 @@ TOPICS = (
             "what {he} had planted was {look}",
         ),
         things=(
-            Thing("rose bush", "a sharp knife and gloves", "full of pink petals", "all thorns"),
+            Thing("rose bush", "a rake and thick gloves", "full of pink petals", "all thorns"),
             Thing("tomato plant", "a tall stick and cord", "heavy with fruit", "pale and limp"),
             Thing("pumpkin vine", "a sack of rich earth", "round and orange", "eaten by worms"),
             Thing("sunflower", "striped seeds and a spade", "taller than the roof", "bent in two"),
@@ -370,7 +371,7 @@ TOPICS = (
         ),
         things=(
             Thing("coat", "thick wool and buttons", "cozy in the frost", "open at the seams"),
-            Thing("dress", "blue silk and lace", "pretty and flowing", "torn at the hem"),
+            Thing("cloak", "blue silk and lace", "pretty and flowing", "torn at the hem"),
             Thing("scarf", "two balls of yarn", "long and striped", "tangled in knots"),
             Thing("hat", "green felt and a feather", "stylish and round", "big as a barrel"),
             Thing("quilt", "many little squares", "large and colorful", "missing a corner"),
@@ -411,7 +412,7 @@ TOPICS = (
             Thing("ship", "navy ink and chalk", "strong on the ocean", "about to sink"),
             Thing("mountain", "grey and purple paint", "high and majestic", "like a potato"),
             Thing("tiger", "orange and black crayons", "fierce and striped", "like a house cat"),
-            Thing("moon", "silver dust and dark blue", "pale and magical", "like a dirty coin"),
+            Thing("swan", "white chalk and dark ink", "slender and graceful", "like a wet duck"),
             Thing("bridge", "a ruler and brown paint", "arched and solid", "ready to collapse"),
         ),
     ),
@@ -484,7 +485,7 @@ TOPICS = (
         ),
         things=(
             Thing("running race", "shoes and a steep track", "a gold medal", "a twisted ankle"),
-            Thing("chess match", "pawns and queens", "a checkmate", "a captured queen"),
+            Thing("chess match", "pawns and queens", "a swift checkmate", "a captured queen"),
             Thing("swimming race", "goggles and a pool", "a new record", "a mouth full of water"),
             Thing("spelling test", "long lists of letters", "no mistake", "a dozen mistakes"),
             Thing("archery cup", "arrows and a target", "a perfect shot", "an arrow in a bush"),

@@ -95,6 +95,11 @@ def test_good_and_bad_turns_come_in_pairs(topic):
     assert all(thing.good != thing.bad for thing in topic.things)
 
 
+def test_openers_and_reactions_come_in_pairs():
+    assert len(story_words.GOOD_TURN_OPENERS) == len(story_words.BAD_TURN_OPENERS)
+    assert len(story_words.GOOD_REACTIONS) == len(story_words.BAD_REACTIONS)
+
+
 # How many there are, and which
 
 
