@@ -24,8 +24,8 @@ from torch import Tensor
 
 from lst_kernels.ranges import KeyRanges
 
-# A block has BLOCK_ROWS queries: few, so that its scores stay in a CPU's cache and little of it lies
-# outside the ranges. Fewer where it would hold more scores than BLOCK_ELEMENTS over all heads.
+# A block has BLOCK_ROWS queries: few, so that its scores stay in a CPU's cache and little of it
+# lies outside the ranges. Fewer where its scores over all heads would exceed BLOCK_ELEMENTS.
 BLOCK_ROWS = 64
 BLOCK_ELEMENTS = 2**23
 

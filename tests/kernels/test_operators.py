@@ -1,0 +1,189 @@
+"""Every op is a torch operator: traced whole, checked by opcheck, counted, at home in autocast."""
+
+import doctest
+import importlib
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.flop_counter import FlopCounterMode
+
+from lst_kernels import (
+    PatchLayout,
+    backend,
+    block_causal_attention,
+    patch_expand,
+    patch_pool,
+    range_attention,
+    sliding_window_attention,
+)
+from lst_kernels.backends import BACKENDS, Call
+
+OPS = torch.ops.lst_kernels
+LAYOUT = PatchLayout.from_lengths([1, 4, 0, 2, 1, 3], [4, 2], closed_late=[False, True] * 3)
+RANGES = LAYOUT.tokens_read_patches(2, slots=2)
+
+
+def plan(ranges, name):
+    return (
+        *(ranges.start, ranges.stop, ranges.query_start, ranges.query_stop),
+        0.3,
+        *(ranges.num_pairs, ranges.max_keys, ranges.max_queries, ranges.disjoint),
+        name,
+    )
+
+
+def can_run(op, reduce=None, head_dim=None):
+    call = Call(op, "cpu", torch.float32, reduce=reduce, head_dim=head_dim)
+    return [b.name for b in BACKENDS if not (b.refuses(call) or b.unavailable())]
+
+
+def rows(num_rows, *shape):
+    return torch.randn(num_rows, *shape, requires_grad=True)
+
+
+@pytest.mark.parametrize("name", can_run("range_attention", head_dim=16))
+def test_range_attention_passes_opcheck(name):
+    q, k, v = rows(11, 4, 16), rows(12, 2, 16), rows(12, 2, 16)
+    torch.library.opcheck(OPS.range_attention.default, (q, k, v, *plan(RANGES, name)))
+    q, k, v = (x.detach() for x in (q, k, v))
+    out, lse = range_attention(q, k, v, RANGES, scale=0.3, return_lse=True, backend=name)
+    torch.library.opcheck(
+        OPS.range_attention_backward.default, (q, q, k, v, out, lse, *plan(RANGES, name))
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "reduce"),
+    [
+        (name, reduce)
+        for reduce in ("mean", "sum", "max", "min", "first", "last")
+        for name in can_run("patch_pool", reduce)
+    ],
+)
+def test_patch_pool_passes_opcheck(name, reduce):
+    x, grad = rows(11, 3), rows(6, 3).detach()
+    torch.library.opcheck(OPS.patch_pool.default, (x, LAYOUT.cu_patches, reduce, name))
+    _, index = OPS.patch_pool(x.detach(), LAYOUT.cu_patches, reduce, name)
+    torch.library.opcheck(
+        OPS.patch_pool_backward.default, (grad, LAYOUT.cu_patches, index, reduce, 11, name)
+    )
+
+
+@pytest.mark.parametrize("name", can_run("patch_expand"))
+def test_patch_expand_passes_opcheck(name):
+    readers = (LAYOUT.readable_ids, LAYOUT.readable_from, LAYOUT.replaced_at)
+    torch.library.opcheck(OPS.patch_expand.default, (rows(6, 3), *readers, name))
+    torch.library.opcheck(OPS.patch_expand_backward.default, (rows(11, 3).detach(), *readers, name))
+
+
+def model(q, k, v, x, layout, encoder, decoder, window, causal):
+    slots = patch_pool(x, layout, "max").view(-1, 2, 16)
+    slots = range_attention(slots, k, v, encoder)
+    slots = block_causal_attention(
+        *(slots, slots, slots, layout.cu_documents),
+        max_length=layout.max_document_patches,
+        ranges=causal,
+    )
+    read = range_attention(q, slots, slots, decoder)
+    h = sliding_window_attention(
+        *(read, k, v, layout.cu_tokens),
+        window=4,
+        max_length=layout.max_document_tokens,
+        ranges=window,
+    )
+    return h.square().sum() + patch_expand(slots, layout, shift=1).square().sum()
+
+
+def model_inputs(lengths, patches_per_document):
+    layout = PatchLayout.from_lengths(lengths, patches_per_document)
+    num_tokens = layout.num_tokens
+    tensors = [rows(num_tokens, 2, 16) for _ in range(3)] + [rows(num_tokens, 32)]
+    ranges = (
+        layout.patches_read_tokens(),
+        layout.tokens_read_patches(2),
+        layout.sliding_window(4),
+        layout.block_causal(),
+    )
+    return tensors, (layout, *ranges)
+
+
+def test_compiled_ops_are_one_graph_that_other_sizes_run_again():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    for stream in (
+        ([3, 2, 5, 1], [2, 2]),
+        ([3, 2, 2, 5, 1], [2, 2, 1]),
+        ([4] * 9, [5, 4]),
+        ([7, 0, 3, 4], [2, 2]),
+    ):
+        tensors, plans = model_inputs(*stream)
+        ours, eager = (f(*tensors, *plans) for f in (compiled, model))
+        assert torch.equal(ours, eager)
+        for x, y in zip(
+            torch.autograd.grad(ours, tensors), torch.autograd.grad(eager, tensors), strict=True
+        ):
+            assert torch.equal(x, y)
+    assert counter.frame_count == 1
+
+
+def test_the_backend_of_compiled_code_is_that_of_its_tracing():
+    torch._dynamo.reset()
+    names = []
+
+    def remember(graph, example_inputs):
+        names.extend(
+            node.args[-1] for node in graph.graph.nodes if "lst_kernels" in str(node.target)
+        )
+        return graph.forward
+
+    x, layout = torch.ones(5, 2), PatchLayout.from_lengths([2, 3], [2])
+    with backend("reference"):
+        torch.compile(lambda x: patch_pool(x, layout), fullgraph=True, backend=remember)(x)
+    assert names == ["reference"]
+
+
+def test_needed_scores_are_counted_twice_forward_and_four_times_backward():
+    q, k = rows(11, 4, 16), rows(12, 2, 16)
+    with FlopCounterMode(display=False) as counter:
+        range_attention(q, k, k, RANGES).sum().backward()
+    counted = counter.get_flop_counts()["Global"]
+    product = 2 * int(RANGES.dense_mask().sum()) * 4 * 16
+    assert counted[OPS.range_attention] == 2 * product
+    assert counted[OPS.range_attention_backward] == 4 * product
+
+
+def test_autocast_does_not_reach_into_an_op():
+    q, k = rows(11, 4, 16), rows(12, 2, 16)
+    expected = range_attention(q, k, k, RANGES)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = range_attention(q, k, k, RANGES)
+        gradients = torch.autograd.grad(ours.sum(), (q, k))
+    assert torch.equal(ours, expected)
+    for x, y in zip(gradients, torch.autograd.grad(expected.sum(), (q, k)), strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: range_attention(x, x, x, LAYOUT.sliding_window(2)),
+        lambda x: patch_pool(x, LAYOUT).square(),
+        lambda x: patch_expand(patch_pool(x, LAYOUT).square(), LAYOUT),
+    ],
+)
+def test_a_second_derivative_is_refused_rather_than_wrong(call):
+    x = rows(11, 2, 16)
+    (first,) = torch.autograd.grad(call(x).square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "module", ["", ".layout", ".ranges", ".attention", ".pooling", ".backends"]
+)
+def test_the_examples_of_the_docstrings_run(module):
+    results = doctest.testmod(importlib.import_module(f"lst_kernels{module}"))
+    assert results.attempted
+    assert not results.failed
