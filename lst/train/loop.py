@@ -33,7 +33,7 @@ from lst.train.interrupt import Interrupt, catch_signals
 from lst.train.metrics import MetricsLog
 from lst.train.optimizer import build_optimizer, learning_rate, set_learning_rate
 from lst.train.run_folder import create_run
-from lst.train.step import backward, check_finite, global_counts, read_step
+from lst.train.step import backward, check_finite, global_counts, read_step, rehearse
 from lst.train.stories import complete_stories
 from lst.train.validation import validate
 
@@ -127,7 +127,7 @@ def take_steps(run: Run, interrupt: Interrupt) -> None:
     config, world, model, log = run.config, run.world, run.model, run.log
     parallel = world.wrap(model)
     batches = iter(run.loader)
-    saved_step = run.state.step
+    saved_step = first_step = run.state.step
     stop = False
     while True:
         step = run.state.step
@@ -148,6 +148,8 @@ def take_steps(run: Run, interrupt: Interrupt) -> None:
         step += 1
         with world.together():
             micro_batches, lanes = next(batches)
+        if step == first_step + 1:
+            rehearse(parallel, micro_batches, precision=config.precision, world=world)
         counts = global_counts(micro_batches, world)
         lr = learning_rate(step, config.optimizer, config.steps)
         set_learning_rate(run.optimizer, lr)

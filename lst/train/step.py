@@ -76,6 +76,21 @@ def backward(
     return sums
 
 
+def rehearse(
+    model: nn.Module, micro_batches: Sequence[Batch], *, precision: str, world: World
+) -> None:
+    """Before the first step of several ranks, one backward pass whose gradient is thrown away.
+
+    DistributedDataParallel lays out its buckets anew after its first backward pass, and the
+    rounding of sums over three or more ranks depends on where in a bucket a gradient lies. So that
+    a resumed run rounds like one that never stopped, both begin with the final layout.
+    """
+    if world.size == 1:
+        return
+    backward(model, micro_batches[-1:], targets=1, precision=precision, world=world)
+    model.zero_grad(set_to_none=True)
+
+
 def _reducing(model: nn.Module, reduce: bool) -> AbstractContextManager[object]:
     """Gradients travel once a step: with the last micro-batch."""
     if reduce or not isinstance(model, DistributedDataParallel):

@@ -75,9 +75,8 @@ def test_a_run_writes_what_it_promises(tiny: Tiny, capsys: pytest.CaptureFixture
         line = json.loads(text)
         assert line["bits"] == pytest.approx(line["loss"] / 0.6931471805599453)
         if line["split"] == "train":
-            rates = ("tokens", "units", "speech_hours")
-            assert all(line[f"{rate}_per_second"] > 0 for rate in rates)
-            assert line["tokens_per_second"] > line["units_per_second"]
+            assert line["tokens_per_second"] >= line["units_per_second"] > 0
+            assert (line["speech_hours_per_second"] > 0) == (line["loss_speech"] is not None)
             assert {"lr", "grad_norm", "seconds", "loss_text", "loss_speech"} <= line.keys()
     assert [folder.name for folder in sorted((out / "checkpoints").iterdir())] == [
         f"step-{step:08d}" for step in (2, 4, 6)
