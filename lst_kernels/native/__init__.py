@@ -30,8 +30,8 @@ __all__ = [
 Family: TypeAlias = Literal["auto", "patch-owned", "tiled"]
 Reduce: TypeAlias = Literal["mean", "sum", "max"]
 
-# What follows mirrors the C++ sources: setup.py gives the file its name, interface.cpp its version,
-# levels.h the numbers of the levels, attention.h those of the dtypes and families and the structure,
+# What follows mirrors the sources: setup.py gives the file its name, interface.cpp its version,
+# levels.h the numbers of the levels, attention.h those of dtypes and families and the structure,
 # patch_pool.cpp those of the reductions.
 LIBRARY = Path(__file__).with_name(
     "liblst_kernels" + {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
@@ -46,20 +46,27 @@ _REDUCE_CODES = {"mean": 0, "sum": 1, "max": 2}
 class _RangeAttention(ctypes.Structure):
     """LstRangeAttention of attention.h."""
 
+    _BUFFERS = (
+        "q",
+        "k",
+        "v",
+        "start",
+        "stop",
+        "out",
+        "lse",
+        "grad_out",
+        "grad_q",
+        "grad_k",
+        "grad_v",
+    )
+    _STRIDES = tuple(f"{x}_{of}" for x in ("q", "k", "v", "grad_out") for of in ("row", "head"))
+    _SIZES = ("num_queries", "num_keys", "num_heads", "num_kv_heads", "head_dim")
+    _CODES = ("dtype", "family", "num_threads")
     _fields_ = (
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("q", "k", "v", "start", "stop", "out", "lse", "grad_out")
-            + ("grad_q", "grad_k", "grad_v")
-        ),
-        *(
-            (name, ctypes.c_int64)
-            for name in ("q_row", "q_head", "k_row", "k_head", "v_row", "v_head")
-            + ("grad_out_row", "grad_out_head")
-            + ("num_queries", "num_keys", "num_heads", "num_kv_heads", "head_dim")
-        ),
+        *((name, ctypes.c_void_p) for name in _BUFFERS),
+        *((name, ctypes.c_int64) for name in _STRIDES + _SIZES),
         ("scale", ctypes.c_double),
-        *((name, ctypes.c_int32) for name in ("dtype", "family", "num_threads")),
+        *((name, ctypes.c_int32) for name in _CODES),
     )
 
 
@@ -134,14 +141,13 @@ def range_attention_backward(
     """Gradients of q, k and v, from the gradient (Q, Hq, D) of out; the rest as in the forward."""
     dtype = q.dtype
     q, k, v, grad, out = map(_computable, (q, k, v, grad, out))
-    grads = [torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)]
+    grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
     _attend(
-        *("lst_range_attention_backward", q, k, v, ranges, scale, family),
-        **dict(out=out.contiguous(), lse=lse.contiguous(), grad_out=grad),
-        **dict(zip(("grad_q", "grad_k", "grad_v"), grads, strict=True)),
-    )
-    grad_q, grad_k, grad_v = (x.to(dtype) for x in grads)
-    return grad_q, grad_k, grad_v
+        "lst_range_attention_backward", q, k, v, ranges, scale, family,
+        out=out.contiguous(), lse=lse.contiguous(), grad_out=grad,
+        grad_q=grad_q, grad_k=grad_k, grad_v=grad_v,
+    )  # fmt: skip
+    return grad_q.to(dtype), grad_k.to(dtype), grad_v.to(dtype)
 
 
 def patch_pool(x: Tensor, cu_patches: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor | None]:
@@ -235,7 +241,7 @@ def _attend(
     **buffers: Tensor,
 ) -> None:
     """Call one of the two attention functions; ``buffers`` are those that it has beyond q, k, v."""
-    buffers = dict(q=q, k=k, v=v, start=ranges.start, stop=ranges.stop) | buffers
+    buffers |= {"q": q, "k": k, "v": v, "start": ranges.start, "stop": ranges.stop}
     for name in ("start", "stop"):
         _check(name, buffers[name], torch.int32, 1)
     arguments = _RangeAttention(
