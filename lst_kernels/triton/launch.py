@@ -1,0 +1,66 @@
+"""One kernel launch as a value, so that the same description runs a kernel and compiles it ahead.
+
+The op files build a `Launch` from tensors; calling it launches the kernel. `lst_kernels.aot` builds
+the same values from tensors that hold nothing and compiles them for a GPU that is not there.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Launch:
+    """``kernel`` over ``programs`` programs, all on grid-x: y and z end at 65,535."""
+
+    kernel: Any
+    programs: int
+    #: every argument of the kernel by name, constexprs too
+    arguments: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+    def __call__(self) -> None:
+        """Run the kernel on the current device; nothing for no programs."""
+        if self.programs:
+            self.kernel[(self.programs,)](
+                **self.arguments, num_warps=self.num_warps, num_stages=self.num_stages
+            )
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is not below n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def rows(x: Tensor) -> Tensor:
+    """``x`` with elements of a row side by side; its other strides are free, also 0."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def architecture(device: torch.device) -> str:
+    """Which column of the tables a device reads."""
+    return "interpreter" if device.type != "cuda" else _architecture(device.index or 0)
+
+
+@functools.cache
+def _architecture(index: int) -> str:
+    if torch.version.hip:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(index)
+    # Consumer parts (8.6, 8.9, 12.0) have 99 KB of shared memory: the tables of sm_80 fit those.
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors."""
+    return bool(triton.knobs.runtime.interpret)
