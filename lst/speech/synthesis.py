@@ -8,9 +8,10 @@ What is written decides what is aligned: every string between blanks is one word
 first event inside it. It stops where the next word starts, or where espeak's pause after it starts
 (a phoneme event of the class ``_``), so that the gaps between words are silence.
 
-espeak keeps oscillator phases and a random state in static variables that no call resets, so that
-the same text sounds different the second time. Here each utterance comes from a library loaded
-anew, which takes 0.6 ms: the samples depend on the text, the voice and espeak's version alone.
+espeak keeps oscillator phases in static variables that no call resets, and starts the random
+numbers of breathy voices from the clock, so that the same text sounds different the second time.
+Here each utterance comes from a library loaded anew, which takes 0.6 ms, and seeded: the samples
+depend on the text, the voice and the version of espeak alone.
 """
 
 import ctypes
@@ -261,6 +262,7 @@ def _library() -> Iterator[ctypes.CDLL]:
         rate = library.espeak_Initialize(_AUDIO_OUTPUT_SYNCHRONOUS, 0, data, options)
         if rate != _ESPEAK_RATE:
             raise RuntimeError(f"espeak-ng did not start with its data: status or rate {rate}")
+        library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # its start takes the time for a seed
         yield library
         library.espeak_Terminate()
     finally:

@@ -59,10 +59,11 @@ def test_voices_sound_different() -> None:
             assert np.abs(one[:shortest] - other[:shortest]).mean() > 0.01
 
 
-def test_speech_does_not_depend_on_what_was_spoken_before() -> None:
-    alone = synthesize(HARD_TEXT, TRAINING_VOICES[0])
+@pytest.mark.parametrize("voice", VOICES, ids=lambda voice: voice.name)
+def test_speech_does_not_depend_on_what_was_spoken_before(voice: Voice) -> None:
+    alone = synthesize(HARD_TEXT, voice)
     synthesize("Something else, and at length. " * 5, TRAINING_VOICES[3])
-    again = synthesize(HARD_TEXT, TRAINING_VOICES[0])
+    again = synthesize(HARD_TEXT, voice)
     np.testing.assert_array_equal(alone.waveform, again.waveform)
     assert (alone.words, alone.phones) == (again.words, again.phones)
 
