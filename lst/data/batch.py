@@ -23,7 +23,7 @@ from lst.data.patching import Strategy
 from lst.vocabulary import PAD, Vocabulary
 from lst_kernels import KeyRanges, PatchLayout
 
-__all__ = ["IGNORE", "Batch", "PlanConfig", "make_batch", "pack_documents"]
+__all__ = ["IGNORE", "Batch", "PlanConfig", "make_batch", "pack_documents", "plan_batch"]
 
 TOKENS_MULTIPLE = 256  # of a training batch
 
@@ -92,7 +92,7 @@ def make_batch(
         record_ids=(),
     )
     packed = concatenate([*rows, dead])
-    return _plan_batch(packed, vocabulary, plan, num_dead_patches=len(rows), step=step)
+    return plan_batch(packed, vocabulary, plan, num_dead_patches=len(rows), step=step)
 
 
 def pack_documents(
@@ -100,12 +100,18 @@ def pack_documents(
 ) -> Batch:
     """Whole documents, at least one, end to end and without a dead tail: for evaluation."""
     packed = concatenate([patch_document(each, vocabulary, strategy) for each in documents])
-    return _plan_batch(packed, vocabulary, plan, num_dead_patches=0, step=0)
+    return plan_batch(packed, vocabulary, plan)
 
 
-def _plan_batch(
-    packed: Packed, vocabulary: Vocabulary, plan: PlanConfig, *, num_dead_patches: int, step: int
+def plan_batch(
+    packed: Packed,
+    vocabulary: Vocabulary,
+    plan: PlanConfig,
+    *,
+    num_dead_patches: int = 0,
+    step: int = 0,
 ) -> Batch:
+    """A stream with everything that follows from it; its last document may be a dead one."""
     layout = PatchLayout.from_lengths(
         packed.lengths,
         packed.patches_per_document,

@@ -1,0 +1,190 @@
+"""Lanes: the endless rows of the global batch, each with its own order and its own state.
+
+    records -> interleave -> patching -> packing -> batch
+    [           a lane runs these four          ]
+
+A batch of R rows has R lanes. Lane l owns records l, l + R, l + 2R … of every source, in an order
+shuffled anew each epoch, and yields (row, state after it); its row number is the training step. No
+lane knows of another, of processes or of workers, so what a lane yields depends on none of them.
+
+The next document comes from the source that has delivered the fewest content tokens (text pieces
+and speech units) for its weight. A source with fewer records than lanes is shared: every lane goes
+through all of it, in orders of its own.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Self
+
+import numpy as np
+
+from lst.data.interleave import record_document, stable_rng
+from lst.data.packing import Packed, concatenate, patch_document, take
+from lst.data.patching import Aligned, PatchingConfig, Static, strategy_at
+from lst.data.records import Dataset
+from lst.errors import UserError
+from lst.vocabulary import Tokenizer, Vocabulary
+
+__all__ = ["Carry", "Lane", "LaneState", "SourceState"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceState:
+    """Where a lane stands in one source."""
+
+    epoch: int = 0
+    position: int = 0  # of the next record in the order of this epoch
+    delivered: int = 0  # content tokens so far
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Carry:
+    """A document under way: which record it was, and what made it the document that it is."""
+
+    source: str
+    epoch: int
+    position: int
+    row: int  # at which it was drawn; the curriculum reads it
+    consumed: int  # patches in earlier rows
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LaneState:
+    """The smallest facts that reproduce a lane's next row."""
+
+    row: int
+    sources: Mapping[str, SourceState]
+    carry: Carry | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "row": self.row,
+            "sources": {name: asdict(source) for name, source in self.sources.items()},
+            "carry": None if self.carry is None else asdict(self.carry),
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Raises UserError where ``values`` is not what :meth:`to_json` gave."""
+        try:
+            return cls(
+                row=values["row"],
+                sources={name: SourceState(**each) for name, each in values["sources"].items()},
+                carry=None if values["carry"] is None else Carry(**values["carry"]),
+            )
+        except (KeyError, TypeError, AttributeError):
+            raise UserError(f"expected the state of a lane, got {values!r}") from None
+
+
+@dataclass(kw_only=True)
+class Lane:
+    """One lane of ``num_lanes``.
+
+    Args:
+        weights: by source, more than 0 each.
+        datasets: by source, the same names.
+        row_units: units of a row, at least MIN_ROOM.
+        patching, total_steps: what ``strategy_at`` reads.
+    """
+
+    number: int
+    num_lanes: int
+    weights: Mapping[str, float]
+    datasets: Mapping[str, Dataset]
+    vocabulary: Vocabulary
+    tokenizer: Tokenizer
+    row_units: int
+    patching: PatchingConfig
+    total_steps: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        self._names = sorted(
+            self.weights
+        )  # a tie goes to the first, in whatever order the mixture is
+        self._orders: dict[tuple[str, int], np.ndarray] = {}
+
+    def first_state(self) -> LaneState:
+        return LaneState(row=0, sources={name: SourceState() for name in self._names})
+
+    def rows(self, state: LaneState) -> Iterator[tuple[Packed, LaneState]]:
+        """Endless rows of exactly ``row_units`` units, each with the state after it.
+
+        Raises:
+            UserError: the state belongs to other sources, or a record cannot be read.
+        """
+        self._check(state)
+        sources, carry = dict(state.sources), state.carry
+        document = None if carry is None else self._document(carry)[0]
+        row = state.row
+        while True:
+            parts: list[Packed] = []
+            room = self.row_units
+            while room:
+                if carry is None or document is None:
+                    carry = self._draw(sources, row)
+                    document, content = self._document(carry)
+                    sources[carry.source] = self._advance(carry, sources[carry.source], content)
+                part, consumed = take(document, carry.consumed, room)
+                parts.append(part)
+                room -= len(part.lengths)
+                done = consumed == len(document.lengths)
+                carry = None if done else replace(carry, consumed=consumed)
+            row += 1
+            yield concatenate(parts), LaneState(row=row, sources=dict(sources), carry=carry)
+
+    def _draw(self, sources: Mapping[str, SourceState], row: int) -> Carry:
+        name = min(self._names, key=lambda name: sources[name].delivered / self.weights[name])
+        source = sources[name]
+        return Carry(source=name, epoch=source.epoch, position=source.position, row=row, consumed=0)
+
+    def _advance(self, drawn: Carry, source: SourceState, content: int) -> SourceState:
+        epoch, position = drawn.epoch, drawn.position + 1
+        if position == self._num_records(drawn.source):
+            epoch, position = epoch + 1, 0
+        return SourceState(epoch=epoch, position=position, delivered=source.delivered + content)
+
+    def _document(self, drawn: Carry) -> tuple[Packed, int]:
+        """The whole patched document, and its content tokens: a pure function of what was drawn."""
+        epoch = drawn.epoch
+        if self._is_shared(drawn.source):
+            epoch = epoch * self.num_lanes + self.number  # no two lanes interleave a record alike
+        record = self.datasets[drawn.source][self._record_index(drawn)]
+        rng = stable_rng(self.seed, epoch, record.id)
+        document = record_document(record, self.vocabulary, self.tokenizer, rng)
+        strategy = strategy_at(self.patching, drawn.row, self.total_steps, rng)
+        if isinstance(strategy, Aligned) and not len(document.aligned):
+            strategy = Static(size=self.patching.size)  # or all of the speech would be one patch
+        content = int((~self.vocabulary.is_special(document.tokens)).sum())
+        return patch_document(document, self.vocabulary, strategy), content
+
+    def _record_index(self, drawn: Carry) -> int:
+        key = (drawn.source, drawn.epoch)
+        if key not in self._orders:
+            rng = stable_rng("order", self.seed, drawn.source, self.number, drawn.epoch)
+            for old in [old for old in self._orders if old[0] == drawn.source]:
+                del self._orders[old]
+            self._orders[key] = rng.permutation(self._num_records(drawn.source))
+        place = int(self._orders[key][drawn.position])
+        return place if self._is_shared(drawn.source) else self.number + self.num_lanes * place
+
+    def _is_shared(self, source: str) -> bool:
+        return len(self.datasets[source]) < self.num_lanes
+
+    def _num_records(self, source: str) -> int:
+        if self._is_shared(source):
+            return len(self.datasets[source])
+        return len(range(self.number, len(self.datasets[source]), self.num_lanes))
+
+    def _check(self, state: LaneState) -> None:
+        where = f"lane {self.number} of {self.num_lanes}"
+        if sorted(state.sources) != self._names:
+            raise UserError(
+                f"{where}: expected a state of sources {self._names}, got {sorted(state.sources)}"
+            )
+        for name, position in [
+            *((name, source.position) for name, source in state.sources.items()),
+            *((carry.source, carry.position) for carry in [state.carry] if carry is not None),
+        ]:
+            if name not in self.datasets or not 0 <= position < self._num_records(name):
+                raise UserError(f"{where}: its state is not one of source {name!r} as it is now")

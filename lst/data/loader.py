@@ -1,0 +1,202 @@
+"""The loader: lanes, worker processes and ranks, put together into batches.
+
+    records -> interleave -> patching -> packing -> batch
+    [             a worker runs its lanes        ]  main
+
+    lanes     0   1   2   3   4   5   6   7          rows of the global batch
+    ranks     0               1                      contiguous
+    micro     0       1       0       1              with accumulation=2
+    workers   a   b   a   b   ...                    each owns whole lanes
+
+A rank's stream of a micro-batch holds its lanes in order. Neither the number of ranks, nor that of
+workers, nor accumulation changes what is in a lane, so the global batches stay the same; and a run
+goes on from the lanes' states with the very rows it would have had.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lst.data.batch import Batch, PlanConfig, make_batch, plan_batch
+from lst.data.interleave import record_document, stable_rng
+from lst.data.lanes import Lane, LaneState
+from lst.data.packing import MIN_ROOM, Packed, concatenate, patch_document
+from lst.data.patching import PatchingConfig, Strategy
+from lst.data.records import Dataset
+from lst.data.workers import lane_items
+from lst.errors import UserError
+from lst.vocabulary import Tokenizer, Vocabulary
+
+__all__ = ["DataConfig", "TrainLoader", "validation_batches"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is trained on, and in what portions."""
+
+    corpus: Path = Path("data/demo")  # made by python -m lst.prepare
+    # Datasets under corpus/train, and their shares of the content tokens (the paper's 2 to 1).
+    mixture: dict[str, float] = field(default_factory=lambda: {"text": 2.0, "speech": 1.0})
+    rows: int  # sequences in the global batch
+    units_per_sequence: int  # one of them goes to the dead tail
+    patching: PatchingConfig = field(default_factory=PatchingConfig)
+    num_workers: int = 0  # processes a rank that make rows; 0: none but the rank itself
+
+    def __post_init__(self) -> None:
+        if not self.mixture:
+            raise UserError("data: expected a mixture of at least one dataset, got none")
+        for name, weight in self.mixture.items():
+            if not 0 < weight < float("inf"):
+                raise UserError(f"data: expected a weight above 0 for {name!r}, got {weight}")
+        if self.rows < 1:
+            raise UserError(f"data: expected at least 1 row, got {self.rows}")
+        if self.units_per_sequence < MIN_ROOM + 1:
+            raise UserError(
+                f"data: expected at least {MIN_ROOM + 1} units per sequence "
+                f"(a document that is split costs two, the dead tail one), "
+                f"got {self.units_per_sequence}"
+            )
+        if self.num_workers < 0:
+            raise UserError(f"data: expected 0 or more workers, got {self.num_workers}")
+
+
+class TrainLoader:
+    """Endless batches for one rank, with the states to go on from.
+
+    Args:
+        plan: the model's.
+        seed: of the order of records, of interleaving and of the curriculum.
+        total_steps: of the whole run; the curriculum reads it.
+        accumulation: micro-batches that a rank takes for one step.
+        states: lane → state as an earlier loader yielded it; those of other ranks are passed over.
+            None starts afresh.
+
+    Raises:
+        UserError: rows that do not divide, a dataset that does not fit the vocabulary, a lane
+            without a state, or patched data for a model without local modules.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        vocabulary: Vocabulary,
+        tokenizer: Tokenizer,
+        plan: PlanConfig,
+        *,
+        seed: int,
+        total_steps: int,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulation: int = 1,
+        states: Mapping[int, Mapping[str, Any]] | None = None,
+    ) -> None:
+        if config.rows % (world_size * accumulation):
+            raise UserError(
+                f"data: expected rows that divide by {world_size} processes × {accumulation} "
+                f"micro-batches, got {config.rows}"
+            )
+        if not plan.local and config.patching.strategy != "none":
+            raise UserError(
+                "data: a token-level model reads every token as a patch: expected the patching "
+                f"strategy 'none', got {config.patching.strategy!r}"
+            )
+        self._vocabulary, self._plan = vocabulary, plan
+        self._num_workers = config.num_workers
+        self._accumulation = accumulation
+        datasets = _open_datasets(config, vocabulary, tokenizer)
+        per_rank = config.rows // world_size
+        self._lanes = [
+            Lane(
+                number=number,
+                num_lanes=config.rows,
+                weights=config.mixture,
+                datasets=datasets,
+                vocabulary=vocabulary,
+                tokenizer=tokenizer,
+                row_units=config.units_per_sequence - 1,
+                patching=config.patching,
+                total_steps=total_steps,
+                seed=seed,
+            )
+            for number in range(rank * per_rank, (rank + 1) * per_rank)
+        ]
+        self._states = [_state_of(lane, states) for lane in self._lanes]
+
+    def __iter__(self) -> Iterator[tuple[tuple[Batch, ...], dict[int, dict[str, Any]]]]:
+        """Yields the micro-batches of a step, and the states of the rank's lanes after it.
+
+        Starts from the states given to the constructor. Workers end when the iterator does.
+        """
+        rows_per_batch = len(self._lanes) // self._accumulation
+        for items in lane_items(self._lanes, self._states, num_workers=self._num_workers):
+            states = {number: state for number, _, state in items}
+            step = items[0][2]["row"] - 1
+            rows = [row for _, row, _ in items]
+            micro_batches = tuple(
+                make_batch(
+                    rows[first : first + rows_per_batch], self._vocabulary, self._plan, step=step
+                )
+                for first in range(0, len(rows), rows_per_batch)
+            )
+            yield micro_batches, states
+
+
+def _open_datasets(
+    config: DataConfig, vocabulary: Vocabulary, tokenizer: Tokenizer
+) -> dict[str, Dataset]:
+    datasets = {}
+    for name in config.mixture:
+        folder = config.corpus / "train" / name
+        dataset = Dataset.open(folder, tokenizer=tokenizer.fingerprint)
+        if dataset.has_speech and dataset.info.num_units != vocabulary.num_units:
+            raise UserError(
+                f"{folder}: expected units of a codebook of {vocabulary.num_units}, "
+                f"got one of {dataset.info.num_units}"
+            )
+        datasets[name] = dataset
+    return datasets
+
+
+def _state_of(lane: Lane, states: Mapping[int, Mapping[str, Any]] | None) -> LaneState:
+    if states is None:
+        return lane.first_state()
+    if lane.number not in states or max(states) >= lane.num_lanes:
+        raise UserError(
+            f"data: expected the states of lanes 0 … {lane.num_lanes - 1}, one for each row, got "
+            f"those of {sorted(states)}"
+        )
+    return LaneState.from_json(states[lane.number])
+
+
+def validation_batches(
+    dataset: Dataset,
+    vocabulary: Vocabulary,
+    tokenizer: Tokenizer,
+    plan: PlanConfig,
+    strategy: Strategy,
+    *,
+    units_per_batch: int,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[Batch]:
+    """Every record of a dataset once, as whole documents; the same at every call.
+
+    Rank r takes records r, r + world_size, …, so ranks may get different numbers of batches. A
+    batch holds at most ``units_per_batch`` units, or one longer document alone.
+    """
+    parts: list[Packed] = []
+    units = 0
+    for index in range(rank, len(dataset), world_size):
+        record = dataset[index]
+        rng = stable_rng(seed, "validation", record.id)
+        document = record_document(record, vocabulary, tokenizer, rng)
+        part = patch_document(document, vocabulary, strategy)
+        if parts and units + len(part.lengths) > units_per_batch:
+            yield plan_batch(concatenate(parts), vocabulary, plan)
+            parts, units = [], 0
+        parts.append(part)
+        units += len(part.lengths)
+    if parts:
+        yield plan_batch(concatenate(parts), vocabulary, plan)

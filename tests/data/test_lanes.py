@@ -1,0 +1,210 @@
+"""A lane's rows are full, hold its records once an epoch, and follow from its state."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from lst.data.interleave import record_document, stable_rng
+from lst.data.lanes import Lane, LaneState
+from lst.data.packing import IGNORE, MIN_ROOM
+from lst.data.patching import PatchingConfig
+from lst.data.records import Dataset
+from lst.errors import UserError
+from lst.vocabulary import BOS, EOS, SPEECH, TEXT
+
+
+@pytest.fixture
+def make_lane(corpus):
+    def make(number=0, weights=None, **options):
+        weights = weights or {"text": 2.0, "speech": 1.0}
+        defaults = {
+            "num_lanes": 4,
+            "datasets": {name: Dataset.open(corpus.folder / "train" / name) for name in weights},
+            "vocabulary": corpus.vocabulary,
+            "tokenizer": corpus.tokenizer,
+            "row_units": 63,
+            "patching": PatchingConfig(),
+            "total_steps": 60,
+            "seed": 5,
+        }
+        return Lane(number=number, weights=weights, **(defaults | options))
+
+    return make
+
+
+def rows_of(lane, count, state=None):
+    return list(islice(lane.rows(state or lane.first_state()), count))
+
+
+def documents_of(rows):
+    """[(record id, tokens)] of the documents in a lane's rows, the split ones put together."""
+    documents, open_id = [], None
+    for row, _ in rows:
+        tokens = np.split(row.tokens, np.cumsum(tokens_per_document(row))[:-1])
+        for place, (part, id) in enumerate(zip(tokens, row.record_ids, strict=True)):
+            part = part.tolist()
+            if place == 0 and open_id == id:
+                whole = documents[-1][1]
+                markers = [t for t in whole if t in (TEXT, SPEECH)]
+                # Spans alternate: the marker of the last span can only be a reopening's.
+                opening = 2 if markers and part[1] == markers[-1] else 1
+                whole += part[opening:]
+            else:
+                documents.append((id, part))
+        open_id = row.record_ids[-1] if row.tokens[-1] != EOS else None
+    return documents
+
+
+def tokens_per_document(row):
+    stops = np.concatenate(([0], np.cumsum(row.lengths)))
+    return np.diff(stops[np.concatenate(([0], np.cumsum(row.patches_per_document)))])
+
+
+def same_rows(first, second):
+    assert len(first) == len(second)
+    for (row, state), (other, other_state) in zip(first, second, strict=True):
+        for name in ("tokens", "targets", "lengths", "closed_late", "patches_per_document"):
+            np.testing.assert_array_equal(getattr(row, name), getattr(other, name))
+        assert row.record_ids == other.record_ids
+        assert state == other_state
+
+
+@pytest.mark.parametrize("row_units", [MIN_ROOM, 8, 63])
+def test_rows_are_full(make_lane, row_units):
+    for row, _ in rows_of(make_lane(row_units=row_units), 50):
+        assert len(row.lengths) == len(row.closed_late) == row_units
+        assert row.patches_per_document.sum() == row_units
+        assert row.lengths.sum() == len(row.tokens) == len(row.targets)
+        assert row.targets[-1] == IGNORE
+
+
+@pytest.mark.parametrize("row_units", [MIN_ROOM, 17, 63])
+def test_rows_put_together_are_the_documents(corpus, make_lane, row_units):
+    lane = make_lane(2, row_units=row_units)  # it owns the record that is longer than rows
+    epochs = Counter()
+    documents = documents_of(rows_of(lane, 4000 // row_units))[:-1]
+    records = corpus.records["text"] | corpus.records["speech"]
+    for id, tokens in documents:
+        rng = stable_rng(lane.seed, epochs[id], id)
+        whole = record_document(records[id], corpus.vocabulary, corpus.tokenizer, rng).tokens
+        # An <eos> that would have opened a row alone is left out.
+        assert tokens in (whole.tolist(), whole[:-1].tolist())
+        epochs[id] += 1
+    assert max(epochs.values()) > 1
+    assert sum(len(tokens) > 2 * row_units for _, tokens in documents) > 0
+
+
+def test_an_epoch_holds_every_record_once(corpus, make_lane):
+    seen = Counter()
+    for number in range(4):
+        lane = make_lane(number, weights={"text": 1.0})
+        size = len(range(number, 41, 4))
+        ids = [id for id, _ in documents_of(rows_of(lane, 40))]
+        first, second = ids[:size], ids[size : 2 * size]
+        assert sorted(first) == sorted(second) == sorted(f"t{i}" for i in range(number, 41, 4))
+        assert first != second  # an order of its own
+        seen.update(first)
+    assert seen == Counter(list(corpus.records["text"]))
+
+
+def test_interleaving_changes_with_the_epoch(make_lane):
+    documents = documents_of(rows_of(make_lane(weights={"speech": 1.0}), 200))
+    variants = {}
+    for id, tokens in documents[:-1]:
+        variants.setdefault(id, set()).add(tuple(tokens))
+    assert sum(len(each) > 1 for each in variants.values()) > len(variants) / 2
+
+
+def test_sources_deliver_content_by_weight(corpus, make_lane):
+    for weights in ({"text": 2.0, "speech": 1.0}, {"text": 1.0, "speech": 3.0}):
+        rows = rows_of(make_lane(weights=weights), 400)
+        content = Counter()
+        for id, tokens in documents_of(rows):
+            count = sum(not corpus.vocabulary.is_special(token) for token in tokens)
+            content["text" if id.startswith("t") else "speech"] += count
+        ratio = content["text"] / content["speech"]
+        assert ratio == pytest.approx(weights["text"] / weights["speech"], rel=0.1)
+        delivered = {name: each.delivered for name, each in rows[-1][1].sources.items()}
+        assert delivered["text"] == pytest.approx(content["text"], abs=100)
+
+
+def test_the_order_of_the_mixture_does_not_matter(make_lane):
+    one = make_lane(weights={"text": 1.0, "speech": 1.0})
+    other = make_lane(weights={"speech": 1.0, "text": 1.0})
+    same_rows(rows_of(one, 10), rows_of(other, 10))
+
+
+def test_a_lane_goes_on_from_any_of_its_states(make_lane):
+    """Over epoch boundaries, in the middle of documents, through the curriculum."""
+    lane = make_lane(weights={"text": 1.0, "speech": 1.0}, row_units=23)
+    rows = rows_of(lane, 120)
+    carried = 0
+    for row in range(0, 110, 3):
+        state = LaneState.from_json(json.loads(json.dumps(rows[row][1].to_json())))
+        assert state == rows[row][1]
+        carried += state.carry is not None
+        same_rows(rows_of(make_lane(weights=lane.weights, row_units=23), 3, state),
+                  rows[row + 1 : row + 4])  # fmt: skip
+    assert carried > 20
+    assert rows[-1][1].sources["text"].epoch > 1
+
+
+def test_patches_follow_the_curriculum_of_the_row_that_drew_the_document(make_lane):
+    patching = PatchingConfig(curriculum=(0.5, 0.5), size=4)
+    lane = make_lane(weights={"speech": 1.0}, patching=patching, total_steps=100, row_units=40)
+    rows = rows_of(lane, 100)
+    static = [row.lengths.max() <= 4 for row, _ in rows]
+    assert sum(static[:45]) < 20  # those of text alone, and of short words
+    first_drawn = next(i for i in range(50, 100) if rows[i - 1][1].carry is None
+                       or rows[i - 1][1].carry.row >= 50)  # fmt: skip
+    assert all(static[first_drawn:])
+
+
+def test_speech_without_alignment_is_patched_statically(make_lane):
+    lane = make_lane(weights={"bare": 1.0}, patching=PatchingConfig(strategy="aligned", size=4))
+    for row, _ in rows_of(lane, 5):
+        assert row.lengths.max() == 4
+
+
+def test_a_source_with_fewer_records_than_lanes_is_shared(make_lane):
+    options = {"weights": {"bare": 1.0}, "num_lanes": 5}
+    orders = []
+    for number in range(5):
+        lane = make_lane(number, **options)
+        ids = [id for id, _ in documents_of(rows_of(lane, 30))]
+        for start in range(0, 27, 3):
+            assert sorted(ids[start : start + 3]) == ["b0", "b1", "b2"]
+        orders.append(tuple(ids[:27]))
+    assert len(set(orders)) == 5
+
+
+def test_lanes_that_share_interleave_each_in_its_own_way(make_lane):
+    options = {"weights": {"speech": 1.0}, "num_lanes": 30}
+    texts = []
+    for number in (0, 1):
+        documents = documents_of(rows_of(make_lane(number, **options), 80))
+        texts.append(next(tokens for id, tokens in documents if id == "long"))
+    assert texts[0] != texts[1]
+
+
+def test_everything_reads_bos_first(make_lane):
+    for row, _ in rows_of(make_lane(), 20):
+        firsts = np.concatenate(([0], np.cumsum(tokens_per_document(row))[:-1]))
+        assert (row.tokens[firsts] == BOS).all()
+
+
+def test_a_state_of_other_data_is_refused(make_lane):
+    state = make_lane().first_state()
+    with pytest.raises(
+        UserError, match=r"lane 1 of 4: expected a state of sources \['text'\], got"
+    ):
+        next(make_lane(1, weights={"text": 1.0}).rows(state))
+    far = replace(state.sources["text"], position=11)  # lane 0 has 11 of 41 records
+    with pytest.raises(UserError, match="lane 0 of 4: its state is not one of source 'text'"):
+        next(make_lane().rows(replace(state, sources={**state.sources, "text": far})))
+    with pytest.raises(UserError, match="expected the state of a lane, got"):
+        LaneState.from_json({"row": 3})
