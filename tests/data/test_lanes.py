@@ -14,7 +14,7 @@ from lst.data.packing import IGNORE, MIN_ROOM
 from lst.data.patching import PatchingConfig
 from lst.data.records import Dataset
 from lst.errors import UserError
-from lst.vocabulary import BOS, EOS, SPEECH, TEXT
+from lst.vocabulary import BOS, SPEECH, TEXT
 
 
 @pytest.fixture
@@ -42,12 +42,13 @@ def rows_of(lane, count, state=None):
 
 def documents_of(rows):
     """[(record id, tokens)] of the documents in a lane's rows, the split ones put together."""
-    documents, open_id = [], None
-    for row, _ in rows:
+    documents, is_open = [], False
+    for row, state in rows:
         tokens = np.split(row.tokens, np.cumsum(tokens_per_document(row))[:-1])
         for place, (part, id) in enumerate(zip(tokens, row.record_ids, strict=True)):
             part = part.tolist()
-            if place == 0 and open_id == id:
+            if place == 0 and is_open:
+                assert id == documents[-1][0]
                 whole = documents[-1][1]
                 markers = [t for t in whole if t in (TEXT, SPEECH)]
                 # Spans alternate: the marker of the last span can only be a reopening's.
@@ -55,7 +56,7 @@ def documents_of(rows):
                 whole += part[opening:]
             else:
                 documents.append((id, part))
-        open_id = row.record_ids[-1] if row.tokens[-1] != EOS else None
+        is_open = state.carry is not None
     return documents
 
 
