@@ -1,5 +1,7 @@
 """From records to batches, on the CPU, before any model exists.
 
-records -> interleave -> patching -> packing -> batch        (loader runs the chain)
-Record     Document      lengths     rows       Batch
+    records -> interleave -> patching -> packing -> batch
+
+``lanes`` runs the chain up to rows, in an order of its own for each row of the global batch;
+``workers`` runs lanes in processes; ``loader`` makes batches of their rows for each rank.
 """

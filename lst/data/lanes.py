@@ -13,7 +13,7 @@ through all of it, in orders of its own.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 import numpy as np
@@ -59,8 +59,8 @@ class LaneState:
     def to_json(self) -> dict[str, Any]:
         return {
             "row": self.row,
-            "sources": {name: asdict(source) for name, source in self.sources.items()},
-            "carry": None if self.carry is None else asdict(self.carry),
+            "sources": {name: _fields(source) for name, source in self.sources.items()},
+            "carry": None if self.carry is None else _fields(self.carry),
         }
 
     @classmethod
@@ -74,6 +74,10 @@ class LaneState:
             )
         except (KeyError, TypeError, AttributeError):
             raise UserError(f"expected the state of a lane, got {values!r}") from None
+
+
+def _fields(state: SourceState | Carry) -> dict[str, Any]:
+    return {field.name: getattr(state, field.name) for field in fields(state)}
 
 
 @dataclass(kw_only=True)
