@@ -205,7 +205,6 @@ def _plan(start: Tensor, stop: Tensor, num_keys: int) -> dict[str, Tensor | int 
     keys = torch.arange(num_keys, dtype=torch.int32, device=start.device)
     query_start = torch.searchsorted(stop, keys, right=True, out_int32=True)
     query_stop = torch.searchsorted(start, keys, right=True, out_int32=True)
-    query_stop = torch.maximum(query_start, query_stop)
     plan: dict[str, Tensor | int | bool] = {"query_start": query_start, "query_stop": query_stop}
     if not _is_host(start):
         return plan | {
