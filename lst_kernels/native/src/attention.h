@@ -38,10 +38,11 @@ namespace lst {
 
 constexpr int kNumDtypes = 3;
 
-// Rows and keys of a tile. A multiple of every vector's lanes.
+// Rows and keys of a tile, multiples of every vector's lanes; and how many tiles of rows (forward)
+// or keys (backward) a task takes through the others together, at most.
 constexpr int64_t kTileQueries = 64;
-constexpr int64_t kForwardKeys = 128;
-constexpr int64_t kBackwardKeys = 128;
+constexpr int64_t kTileKeys = 128;
+constexpr int64_t kTilesPerTask = 4;
 
 // The patch-owned family: scores of one range, its rows times its keys, at most.
 constexpr int64_t kMaxOwnedScores = 65536;
@@ -60,17 +61,18 @@ struct Attention : LstRangeAttention {
   int64_t max_owned_rows = 0, max_owned_keys = 0;
 };
 
-// A tile of keys in the backward pass and the rows that read any of them.
-struct KeyTile {
+// Neighbouring tiles of keys in the backward pass, and the rows that read any of their keys.
+struct KeyTask {
+  int64_t first_tile, num_tiles;
   int64_t first_row, last_row;  // half-open
-  int32_t number;               // among the tiles with rows, counted from 0
+  int32_t number;               // among the tasks with rows, counted from 0
 };
 
-// Keeps the order in which tiles of keys add to a tile of grad_q, so that its bits depend neither
-// on the number of threads nor on who came first: tile number n waits until all those before it
-// that touch the same rows have added theirs.
+// Keeps the order in which tasks add to a tile of grad_q, so that its bits depend neither on the
+// number of threads nor on who came first: task number n waits until all those before it that touch
+// the same rows have added theirs.
 struct Turns {
-  const int32_t* first;  // (row tiles,) number of the first tile of keys that adds to these rows
+  const int32_t* first;  // (row tiles,) number of the first task that adds to these rows
   int32_t* taken;        // (Hkv, row tiles), how many have added theirs
   void (*pause)();       // lets another thread run
 };
@@ -86,10 +88,11 @@ struct AttentionKernels {
   size_t (*forward_scratch)(const Attention&);
   size_t (*backward_scratch)(const Attention&);
   size_t (*owned_scratch)(const Attention&);
-  void (*forward_tile)(const Attention&, int64_t row_tile, int64_t kv_head, void* scratch);
+  void (*tiled_forward)(const Attention&, int64_t first_tile, int64_t num_tiles, int64_t kv_head,
+                        void* scratch);
   void (*backward_prepare)(const Attention&, int64_t query);
-  void (*backward_tile)(const Attention&, const KeyTile&, int64_t key_tile, int64_t kv_head,
-                        const Turns&, void* scratch);
+  void (*tiled_backward)(const Attention&, const KeyTask&, int64_t kv_head, const Turns&,
+                         void* scratch);
   void (*backward_finish)(const Attention&, int64_t query);
   void (*owned_forward)(const Attention&, const OwnedPart&, void* scratch);
   void (*owned_backward)(const Attention&, const OwnedPart&, void* scratch);

@@ -16,7 +16,7 @@ template <class T>
 constexpr lst::AttentionKernels kernels_for() {
   return {
       Tiled<T>::forward_scratch, Tiled<T>::backward_scratch, Owned<T>::scratch,
-      Tiled<T>::forward_tile,    Tiled<T>::backward_prepare, Tiled<T>::backward_tile,
+      Tiled<T>::forward,         Tiled<T>::backward_prepare, Tiled<T>::backward,
       Tiled<T>::backward_finish, Owned<T>::forward,          Owned<T>::backward,
   };
 }

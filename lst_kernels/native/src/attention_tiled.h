@@ -75,41 +75,53 @@ struct Tiled {
 
   // --- forward ---------------------------------------------------------------------------------
 
+  // A tile of rows on its way through the keys.
+  struct RowTile {
+    C *query_columns, *out, *maximum, *total;  // (D, 64), (64, width), (64,), (64,)
+    Integer *start, *stop;                     // (64,) each
+    int64_t first_row, num_rows;
+
+    int64_t last() const { return num_rows - 1; }
+  };
+
   struct ForwardScratch {
-    C *query_columns, *keys, *values, *scores, *out, *maximum, *total, *decay;
-    Integer *start, *stop;
+    RowTile tiles[lst::kTilesPerTask];
+    C *keys, *values, *scores, *decay;
 
     ForwardScratch(const Attention& p, void* memory) {
       C* next = static_cast<C*>(memory);
       auto take = [&](int64_t count) { C* const taken = next; next += count; return taken; };
-      query_columns = take(p.head_dim * kRows);
-      keys = take(lst::kForwardKeys * padded(p));
-      values = take(lst::kForwardKeys * padded(p));
-      scores = take(lst::kForwardKeys * kRows);
-      out = take(kRows * padded(p));
-      maximum = take(kRows);
-      total = take(kRows);
+      for (RowTile& tile : tiles) {
+        tile.query_columns = take(p.head_dim * kRows);
+        tile.out = take(kRows * padded(p));
+        tile.maximum = take(kRows);
+        tile.total = take(kRows);
+        tile.start = reinterpret_cast<Integer*>(take(kRows));
+        tile.stop = reinterpret_cast<Integer*>(take(kRows));
+      }
+      keys = take(lst::kTileKeys * padded(p));
+      values = take(lst::kTileKeys * padded(p));
+      scores = take(lst::kTileKeys * kRows);
       decay = take(kRows);
-      start = reinterpret_cast<Integer*>(take(kRows));
-      stop = reinterpret_cast<Integer*>(take(kRows));
     }
   };
 
   static size_t forward_scratch(const Attention& p) {
-    const int64_t width = padded(p);
-    return sizeof(C) * static_cast<size_t>(p.head_dim * kRows + 2 * lst::kForwardKeys * width +
-                                           lst::kForwardKeys * kRows + kRows * width + 5 * kRows);
+    const int64_t width = padded(p), tile = (p.head_dim + width + 4) * kRows;
+    return sizeof(C) * static_cast<size_t>(lst::kTilesPerTask * tile +
+                                           lst::kTileKeys * (2 * width + kRows) + kRows);
   }
 
   // Scores (keys, 64): one key a line, so that each lane belongs to a row and the softmax needs no
   // sums across lanes. Turns scores into weights and says by how much earlier sums must shrink.
   template <bool kMasked>
-  static void soften(const ForwardScratch& s, int64_t first_key, int64_t num_keys, int64_t num_rows) {
+  static void soften(const ForwardScratch& s, const RowTile& tile, int64_t first_key,
+                     int64_t num_keys) {
     const V nothing = splat<C>(-HUGE_VAL);
-    for (int64_t r = 0; r < num_rows; r += kWidth) {
+    for (int64_t r = 0; r < tile.num_rows; r += kWidth) {
       C* const lane = s.scores + r;
-      const I start = load<I>(s.start + r), stop = load<I>(s.stop + r);
-      const V before = load<V>(s.maximum + r);
+      const I start = load<I>(tile.start + r), stop = load<I>(tile.stop + r);
+      const V before = load<V>(tile.maximum + r);
       V maximum = before;
       for (int64_t k = 0; k < num_keys; ++k) {
         V score = load<V>(lane + k * kRows);
@@ -123,62 +135,98 @@ struct Tiled {
       // A row that has read no key yet: all its weights are exp2(-infinity - 0) = 0.
       const V base = maximum == nothing ? V{} : maximum;
       const V decay = exp2(before - base);
-      V total = load<V>(s.total + r) * decay;
+      V total = load<V>(tile.total + r) * decay;
       for (int64_t k = 0; k < num_keys; ++k) {
         const V weight = exp2(load<V>(lane + k * kRows) - base);
         total += weight;
         store(lane + k * kRows, weight);
       }
-      store(s.maximum + r, maximum);
-      store(s.total + r, total);
+      store(tile.maximum + r, maximum);
+      store(tile.total + r, total);
       store(s.decay + r, decay);
     }
   }
 
-  static void forward_tile(const Attention& p, int64_t row_tile, int64_t kv_head, void* memory) {
-    const ForwardScratch s(p, memory);
-    const int64_t width = padded(p), group = p.group();
-    const int64_t first_row = row_tile * kRows;
-    const int64_t num_rows = smaller(kRows, p.num_rows() - first_row);
-    const int64_t num_lanes = round_up(num_rows, kWidth);
-    // The rows are packed where the weighted values will be summed, then turned into columns.
-    pack_rows(s.out, width, static_cast<const T*>(p.q), p.q_row, p.q_head, p, kv_head, first_row,
-              num_rows, static_cast<C>(p.scale * kLog2E));
-    transpose(s.query_columns, kRows, s.out, width, num_rows, p.head_dim, C(1));
-    for (int64_t r = 0; r < kRows; ++r) {
-      const int64_t query = (first_row + r) / group;
-      s.start[r] = r < num_rows ? p.start[query] : 0;
-      s.stop[r] = r < num_rows ? p.stop[query] : 0;
-      s.maximum[r] = -HUGE_VAL;
-      s.total[r] = 0;
-    }
-    for (int64_t i = 0; i < kRows * width; ++i) s.out[i] = 0;
-
-    const int64_t last = num_rows - 1, end = s.stop[last];
+  // Several tiles of rows go through the keys together, so that keys and values are packed once.
+  static void forward(const Attention& p, int64_t first_tile, int64_t num_tiles, int64_t kv_head,
+                      void* memory) {
+    ForwardScratch s(p, memory);
+    const int64_t width = padded(p);
+    for (int64_t i = 0; i < num_tiles; ++i) open_tile(p, first_tile + i, kv_head, s.tiles[i]);
+    const RowTile& final_tile = s.tiles[num_tiles - 1];
+    const int64_t end = final_tile.stop[final_tile.last()];
     const T* const k = static_cast<const T*>(p.k) + kv_head * p.k_head;
     const T* const v = static_cast<const T*>(p.v) + kv_head * p.v_head;
-    for (int64_t first_key = s.start[0]; first_key < end; first_key += lst::kForwardKeys) {
-      const int64_t num_keys = smaller(lst::kForwardKeys, end - first_key);
-      pack(s.keys, width, k + first_key * p.k_row, p.k_row, num_keys, p.head_dim, C(1));
-      pack(s.values, width, v + first_key * p.v_row, p.v_row, num_keys, p.head_dim, C(1));
-      product<Onto::kNothing>(s.scores, kRows, Spread<C>{s.keys, width, 1}, s.query_columns, kRows,
-                              num_keys, num_lanes, p.head_dim);
-      if (s.start[last] <= first_key && first_key + num_keys <= s.stop[0]) {
-        soften<false>(s, first_key, num_keys, num_lanes);
-      } else {
-        soften<true>(s, first_key, num_keys, num_lanes);
+    for (int64_t key = s.tiles[0].start[0]; key < end; key += lst::kTileKeys) {
+      const int64_t num_keys = smaller(lst::kTileKeys, end - key);
+      bool packed = false;
+      for (int64_t i = 0; i < num_tiles; ++i) {
+        if (!reads_any(s.tiles[i], key, key + num_keys)) continue;
+        if (!packed) {
+          pack(s.keys, width, k + key * p.k_row, p.k_row, num_keys, p.head_dim, C(1));
+          pack(s.values, width, v + key * p.v_row, p.v_row, num_keys, p.head_dim, C(1));
+          packed = true;
+        }
+        attend(p, s, s.tiles[i], key, num_keys);
       }
-      product<Onto::kScaledSum>(s.out, width, Spread<C>{s.scores, 1, kRows}, s.values, width,
-                                num_rows, width, num_keys, s.decay);
     }
-    for (int64_t r = 0; r < num_rows; ++r) {
-      const int64_t at = place(p, kv_head, first_row + r);
-      const C total = s.total[r];
-      // With s.total 0 nothing was read: the sums are 0, and so is their share.
+    for (int64_t i = 0; i < num_tiles; ++i) close_tile(p, kv_head, s.tiles[i]);
+  }
+
+  static void open_tile(const Attention& p, int64_t row_tile, int64_t kv_head, RowTile& tile) {
+    const int64_t width = padded(p);
+    tile.first_row = row_tile * kRows;
+    tile.num_rows = smaller(kRows, p.num_rows() - tile.first_row);
+    // The rows are packed where the weighted values will be summed, then turned into columns.
+    pack_rows(tile.out, width, static_cast<const T*>(p.q), p.q_row, p.q_head, p, kv_head,
+              tile.first_row, tile.num_rows, static_cast<C>(p.scale * kLog2E));
+    transpose(tile.query_columns, kRows, tile.out, width, tile.num_rows, p.head_dim, C(1));
+    for (int64_t r = 0; r < kRows; ++r) {
+      const int64_t query = (tile.first_row + r) / p.group();
+      tile.start[r] = r < tile.num_rows ? p.start[query] : 0;
+      tile.stop[r] = r < tile.num_rows ? p.stop[query] : 0;
+      tile.maximum[r] = -HUGE_VAL;
+      tile.total[r] = 0;
+    }
+    for (int64_t i = 0; i < kRows * width; ++i) tile.out[i] = 0;
+  }
+
+  static bool reads_any(const RowTile& tile, int64_t first, int64_t last) {
+    bool any = false;
+    for (int64_t r = 0; r < tile.num_rows; ++r) {
+      any |= larger(tile.start[r], first) < smaller(tile.stop[r], last);
+    }
+    return any;
+  }
+
+  // One tile of rows against the packed keys, as far as the tile's interval reaches into them.
+  static void attend(const Attention& p, const ForwardScratch& s, const RowTile& tile,
+                     int64_t packed_key, int64_t num_packed) {
+    const int64_t width = padded(p), last = tile.last();
+    const int64_t first_key = larger(packed_key, tile.start[0]);
+    const int64_t end = smaller(packed_key + num_packed, tile.stop[last]);
+    const int64_t num_keys = end - first_key, skipped = (first_key - packed_key) * width;
+    product<Onto::kNothing>(s.scores, kRows, Spread<C>{s.keys + skipped, width, 1},
+                            tile.query_columns, kRows, num_keys, round_up(tile.num_rows, kWidth),
+                            p.head_dim);
+    if (tile.start[last] <= first_key && end <= tile.stop[0]) {
+      soften<false>(s, tile, first_key, num_keys);
+    } else {
+      soften<true>(s, tile, first_key, num_keys);
+    }
+    product<Onto::kScaledSum>(tile.out, width, Spread<C>{s.scores, 1, kRows}, s.values + skipped,
+                              width, tile.num_rows, width, num_keys, s.decay);
+  }
+
+  static void close_tile(const Attention& p, int64_t kv_head, const RowTile& tile) {
+    for (int64_t r = 0; r < tile.num_rows; ++r) {
+      const int64_t at = place(p, kv_head, tile.first_row + r);
+      const C total = tile.total[r];
+      // With a total of 0 nothing was read: the sums are 0, and so is their share.
       const C share = total == 0 ? C(0) : 1 / total;
-      unpack(static_cast<T*>(p.out) + at * p.head_dim, s.out + r * width, p.head_dim, share);
+      unpack(static_cast<T*>(p.out) + at * p.head_dim, tile.out + r * padded(p), p.head_dim, share);
       static_cast<C*>(p.lse)[at] = total == 0 ? static_cast<C>(-HUGE_VAL)
-                                              : static_cast<C>(s.maximum[r] * kLn2 + log(total));
+                                              : static_cast<C>(tile.maximum[r] * kLn2 + log(total));
     }
   }
 
@@ -194,8 +242,13 @@ struct Tiled {
   // probabilities P = exp2(S - lse) computed again from the saved lse,
   //   dV = Pᵀ dO,   dS = P ∘ (dO Vᵀ - delta),   dK = scale · dSᵀ Q,   dQ = scale · dS K.
 
+  struct KeyTile {
+    C *key_columns, *value_columns, *keys, *grad_k, *grad_v;  // twice (D, 128), then (128, width)
+    int64_t first_key, num_keys;
+  };
+
   struct BackwardScratch {
-    C *key_columns, *value_columns, *keys, *grad_k, *grad_v;
+    KeyTile tiles[lst::kTilesPerTask];
     C *queries, *grads, *weights, *grad_scores, *grad_q, *lse, *delta;
     Integer *start, *stop;
 
@@ -203,15 +256,17 @@ struct Tiled {
       C* next = static_cast<C*>(memory);
       auto take = [&](int64_t count) { C* const taken = next; next += count; return taken; };
       const int64_t width = padded(p);
-      key_columns = take(p.head_dim * lst::kBackwardKeys);
-      value_columns = take(p.head_dim * lst::kBackwardKeys);
-      keys = take(lst::kBackwardKeys * width);
-      grad_k = take(lst::kBackwardKeys * width);
-      grad_v = take(lst::kBackwardKeys * width);
+      for (KeyTile& tile : tiles) {
+        tile.key_columns = take(p.head_dim * lst::kTileKeys);
+        tile.value_columns = take(p.head_dim * lst::kTileKeys);
+        tile.keys = take(lst::kTileKeys * width);
+        tile.grad_k = take(lst::kTileKeys * width);
+        tile.grad_v = take(lst::kTileKeys * width);
+      }
       queries = take(kRows * width);
       grads = take(kRows * width);
-      weights = take(kRows * lst::kBackwardKeys);
-      grad_scores = take(kRows * lst::kBackwardKeys);
+      weights = take(kRows * lst::kTileKeys);
+      grad_scores = take(kRows * lst::kTileKeys);
       grad_q = take(kRows * width);
       lse = take(kRows);
       delta = take(kRows);
@@ -221,10 +276,9 @@ struct Tiled {
   };
 
   static size_t backward_scratch(const Attention& p) {
-    const int64_t width = padded(p);
-    return sizeof(C) * static_cast<size_t>(2 * p.head_dim * lst::kBackwardKeys +
-                                           3 * lst::kBackwardKeys * width + 3 * kRows * width +
-                                           2 * kRows * lst::kBackwardKeys + 4 * kRows);
+    const int64_t width = padded(p), tile = (2 * p.head_dim + 3 * width) * lst::kTileKeys;
+    return sizeof(C) * static_cast<size_t>(lst::kTilesPerTask * tile +
+                                           kRows * (3 * width + 2 * lst::kTileKeys + 4));
   }
 
   // delta = sum over D of grad_out ∘ out, and an empty grad_q, for all heads of a query.
@@ -261,8 +315,8 @@ struct Tiled {
                             int64_t num_rows) {
     const I lanes = lane_numbers<C>();
     for (int64_t r = 0; r < num_rows; ++r) {
-      C* const weights = s.weights + r * lst::kBackwardKeys;
-      C* const grads = s.grad_scores + r * lst::kBackwardKeys;
+      C* const weights = s.weights + r * lst::kTileKeys;
+      C* const grads = s.grad_scores + r * lst::kTileKeys;
       const C lse = s.lse[r], delta = s.delta[r];
       // The only score of a row has no gradient. Here it would be what rounding leaves of dP - delta.
       const C live = s.stop[r] - s.start[r] == 1 ? 0 : 1;
@@ -281,81 +335,107 @@ struct Tiled {
     }
   }
 
-  static void backward_tile(const Attention& p, const lst::KeyTile& tile, int64_t key_tile,
-                            int64_t kv_head, const lst::Turns& turns, void* memory) {
-    const BackwardScratch s(p, memory);
-    const int64_t width = padded(p), first_key = key_tile * lst::kBackwardKeys;
-    const int64_t num_keys = smaller(lst::kBackwardKeys, p.num_keys - first_key);
-    for (int64_t i = 0; i < lst::kBackwardKeys * width; ++i) s.grad_k[i] = s.grad_v[i] = 0;
-
-    if (tile.first_row < tile.last_row) {
-      const T* const k = static_cast<const T*>(p.k) + first_key * p.k_row + kv_head * p.k_head;
-      const T* const v = static_cast<const T*>(p.v) + first_key * p.v_row + kv_head * p.v_head;
-      pack(s.keys, width, v, p.v_row, num_keys, p.head_dim, C(1));
-      transpose(s.value_columns, lst::kBackwardKeys, s.keys, width, num_keys, p.head_dim, C(1));
-      pack(s.keys, width, k, p.k_row, num_keys, p.head_dim, static_cast<C>(p.scale));
-      transpose(s.key_columns, lst::kBackwardKeys, s.keys, width, num_keys, p.head_dim,
-                static_cast<C>(kLog2E));
-      // Padding is read as a product's operand: it must not be what an earlier tile left.
-      for (int64_t i = num_keys * width; i < lst::kBackwardKeys * width; ++i) s.keys[i] = 0;
+  // Several tiles of keys meet each tile of rows together, so that rows are packed and dq is added
+  // to once for all.
+  static void backward(const Attention& p, const lst::KeyTask& task, int64_t kv_head,
+                       const lst::Turns& turns, void* memory) {
+    BackwardScratch s(p, memory);
+    for (int64_t i = 0; i < task.num_tiles; ++i) {
+      open_keys(p, task, (task.first_tile + i) * lst::kTileKeys, kv_head, s.tiles[i]);
     }
-    for (int64_t r = tile.first_row; r < tile.last_row;) {
+    for (int64_t r = task.first_row; r < task.last_row;) {
       const int64_t row_tile = r / kRows;
-      const int64_t num_rows = smaller((row_tile + 1) * kRows, tile.last_row) - r;
-      const bool any = backward_pair(p, s, first_key, num_keys, kv_head, r, num_rows);
+      const int64_t num_rows = smaller((row_tile + 1) * kRows, task.last_row) - r;
+      read_rows(p, s, kv_head, r, num_rows);
+      bool any = false;
+      for (int64_t i = 0; i < task.num_tiles; ++i) {
+        any |= differentiate_pair(p, s, s.tiles[i], num_rows, any);
+      }
       int32_t* const taken = turns.taken + kv_head * p.num_row_tiles() + row_tile;
-      const int32_t turn = tile.number - turns.first[row_tile];
+      const int32_t turn = task.number - turns.first[row_tile];
       while (__atomic_load_n(taken, __ATOMIC_ACQUIRE) != turn) turns.pause();
       if (any) add_grad_q(p, s, kv_head, r, num_rows);
       __atomic_store_n(taken, turn + 1, __ATOMIC_RELEASE);
       r += num_rows;
     }
-    for (int64_t i = 0; i < num_keys; ++i) {
-      const int64_t at = ((first_key + i) * p.num_kv_heads + kv_head) * p.head_dim;
-      unpack(static_cast<T*>(p.grad_k) + at, s.grad_k + i * width, p.head_dim,
+    for (int64_t i = 0; i < task.num_tiles; ++i) close_keys(p, kv_head, s.tiles[i]);
+  }
+
+  static void open_keys(const Attention& p, const lst::KeyTask& task, int64_t first_key,
+                        int64_t kv_head, KeyTile& tile) {
+    const int64_t width = padded(p);
+    tile.first_key = first_key;
+    tile.num_keys = smaller(lst::kTileKeys, p.num_keys - first_key);
+    for (int64_t i = 0; i < lst::kTileKeys * width; ++i) tile.grad_k[i] = tile.grad_v[i] = 0;
+    if (task.first_row >= task.last_row) return;
+    const T* const k = static_cast<const T*>(p.k) + first_key * p.k_row + kv_head * p.k_head;
+    const T* const v = static_cast<const T*>(p.v) + first_key * p.v_row + kv_head * p.v_head;
+    pack(tile.keys, width, v, p.v_row, tile.num_keys, p.head_dim, C(1));
+    transpose(tile.value_columns, lst::kTileKeys, tile.keys, width, tile.num_keys, p.head_dim,
+              C(1));
+    pack(tile.keys, width, k, p.k_row, tile.num_keys, p.head_dim, static_cast<C>(p.scale));
+    transpose(tile.key_columns, lst::kTileKeys, tile.keys, width, tile.num_keys, p.head_dim,
+              static_cast<C>(kLog2E));
+    // Padding is read as a product's operand: it must not be what an earlier tile left.
+    for (int64_t i = tile.num_keys * width; i < lst::kTileKeys * width; ++i) tile.keys[i] = 0;
+  }
+
+  static void close_keys(const Attention& p, int64_t kv_head, const KeyTile& tile) {
+    for (int64_t i = 0; i < tile.num_keys; ++i) {
+      const int64_t at = ((tile.first_key + i) * p.num_kv_heads + kv_head) * p.head_dim;
+      unpack(static_cast<T*>(p.grad_k) + at, tile.grad_k + i * padded(p), p.head_dim,
              static_cast<C>(p.scale));
-      unpack(static_cast<T*>(p.grad_v) + at, s.grad_v + i * width, p.head_dim, C(1));
+      unpack(static_cast<T*>(p.grad_v) + at, tile.grad_v + i * padded(p), p.head_dim, C(1));
     }
   }
 
-  // Rows r … r + num_rows - 1 (of one row tile) against the tile's keys: adds to grad_k and grad_v,
-  // leaves their part of grad_q. False where these rows read none of the keys.
-  static bool backward_pair(const Attention& p, const BackwardScratch& s, int64_t first_key,
-                            int64_t num_keys, int64_t kv_head, int64_t r, int64_t num_rows) {
-    const int64_t group = p.group(), width = padded(p);
-    const int64_t head_query = r / group, tail_query = (r + num_rows - 1) / group;
-    const int64_t low = larger(p.start[head_query] - first_key, 0);
-    const int64_t high = smaller(p.stop[tail_query] - first_key, num_keys);
-    if (low >= high) return false;
-    const int64_t from = low / kWidth * kWidth, to = round_up(high, kWidth), span = to - from;
+  // Rows r … r + num_rows - 1, all of one tile of rows.
+  static void read_rows(const Attention& p, const BackwardScratch& s, int64_t kv_head, int64_t r,
+                        int64_t num_rows) {
     for (int64_t i = 0; i < num_rows; ++i) {
-      const int64_t query = (r + i) / group, at = place(p, kv_head, r + i);
+      const int64_t query = (r + i) / p.group(), at = place(p, kv_head, r + i);
       s.start[i] = p.start[query];
       s.stop[i] = p.stop[query];
       s.lse[i] = static_cast<const C*>(p.lse)[at] * static_cast<C>(kLog2E);
       s.delta[i] = static_cast<const C*>(p.delta)[at];
     }
-    pack_rows(s.queries, width, static_cast<const T*>(p.q), p.q_row, p.q_head, p, kv_head, r,
+    pack_rows(s.queries, padded(p), static_cast<const T*>(p.q), p.q_row, p.q_head, p, kv_head, r,
               num_rows, C(1));
-    pack_rows(s.grads, width, static_cast<const T*>(p.grad_out), p.grad_out_row, p.grad_out_head, p,
-              kv_head, r, num_rows, C(1));
-    constexpr int64_t kKeys = lst::kBackwardKeys;
+    pack_rows(s.grads, padded(p), static_cast<const T*>(p.grad_out), p.grad_out_row,
+              p.grad_out_head, p, kv_head, r, num_rows, C(1));
+  }
+
+  // The rows against one tile of keys: adds to grad_k and grad_v, and to grad_q if that is `begun`,
+  // which it otherwise begins. False where these rows read none of the keys.
+  static bool differentiate_pair(const Attention& p, const BackwardScratch& s, const KeyTile& tile,
+                                 int64_t num_rows, bool begun) {
+    const int64_t width = padded(p), last = num_rows - 1;
+    const int64_t low = larger(s.start[0] - tile.first_key, 0);
+    const int64_t high = smaller(s.stop[last] - tile.first_key, tile.num_keys);
+    if (low >= high) return false;
+    const int64_t from = low / kWidth * kWidth, to = round_up(high, kWidth), span = to - from;
+    constexpr int64_t kKeys = lst::kTileKeys;
     product<Onto::kNothing>(s.weights + from, kKeys, Spread<C>{s.queries, width, 1},
-                            s.key_columns + from, kKeys, num_rows, span, p.head_dim);
+                            tile.key_columns + from, kKeys, num_rows, span, p.head_dim);
     product<Onto::kNothing>(s.grad_scores + from, kKeys, Spread<C>{s.grads, width, 1},
-                            s.value_columns + from, kKeys, num_rows, span, p.head_dim);
-    const bool whole = p.start[tail_query] <= first_key + from && p.stop[head_query] >= first_key + to;
-    if (whole) {
-      differentiate<false>(s, first_key, from, to, num_rows);
+                            tile.value_columns + from, kKeys, num_rows, span, p.head_dim);
+    if (s.start[last] <= tile.first_key + from && tile.first_key + to <= s.stop[0]) {
+      differentiate<false>(s, tile.first_key, from, to, num_rows);
     } else {
-      differentiate<true>(s, first_key, from, to, num_rows);
+      differentiate<true>(s, tile.first_key, from, to, num_rows);
     }
-    product<Onto::kSum>(s.grad_v + from * width, width, Spread<C>{s.weights + from, 1, kKeys},
+    product<Onto::kSum>(tile.grad_v + from * width, width, Spread<C>{s.weights + from, 1, kKeys},
                         s.grads, width, span, width, num_rows);
-    product<Onto::kSum>(s.grad_k + from * width, width, Spread<C>{s.grad_scores + from, 1, kKeys},
-                        s.queries, width, span, width, num_rows);
-    product<Onto::kNothing>(s.grad_q, width, Spread<C>{s.grad_scores + from, kKeys, 1},
-                            s.keys + from * width, width, num_rows, width, span);
+    product<Onto::kSum>(tile.grad_k + from * width, width,
+                        Spread<C>{s.grad_scores + from, 1, kKeys}, s.queries, width, span, width,
+                        num_rows);
+    const Spread<C> grads{s.grad_scores + from, kKeys, 1};
+    const C* const keys = tile.keys + from * width;
+    if (begun) {
+      product<Onto::kSum>(s.grad_q, width, grads, keys, width, num_rows, width, span);
+    } else {
+      product<Onto::kNothing>(s.grad_q, width, grads, keys, width, num_rows, width, span);
+    }
     return true;
   }
 

@@ -17,7 +17,7 @@ namespace {
 
 using lst::Attention;
 using lst::AttentionKernels;
-using lst::KeyTile;
+using lst::KeyTask;
 using lst::OwnedPart;
 using lst::Turns;
 
@@ -157,14 +157,18 @@ void run_owned(Attention p, const Shape& shape, bool forward) {
                     });
 }
 
-// Tiles of rows with the most keys first: what is left for the end is light, so no thread waits
-// long for another.
-std::vector<int64_t> heavy_first(const Attention& p) {
-  std::vector<int64_t> order(static_cast<size_t>(p.num_row_tiles()));
+// How many tiles a task takes: several save packing, but not where there are few to go round. It
+// must not depend on the number of threads, for the bits depend on it.
+int64_t tiles_per_task(int64_t num_tiles) { return num_tiles < 256 ? 1 : lst::kTilesPerTask; }
+
+// Tasks with the most keys first: what is left for the end is light, so no thread waits long for
+// another.
+std::vector<int64_t> heavy_first(const Attention& p, int64_t rows_per_task) {
+  std::vector<int64_t> order(static_cast<size_t>((p.num_rows() - 1) / rows_per_task + 1));
   std::iota(order.begin(), order.end(), 0);
-  const auto num_keys = [&](int64_t tile) {
-    const int64_t last_row = std::min((tile + 1) * lst::kTileQueries, p.num_rows()) - 1;
-    return p.stop[last_row / p.group()] - p.start[tile * lst::kTileQueries / p.group()];
+  const auto num_keys = [&](int64_t task) {
+    const int64_t last_row = std::min((task + 1) * rows_per_task, p.num_rows()) - 1;
+    return p.stop[last_row / p.group()] - p.start[task * rows_per_task / p.group()];
   };
   std::stable_sort(order.begin(), order.end(),
                    [&](int64_t a, int64_t b) { return num_keys(a) > num_keys(b); });
@@ -172,41 +176,48 @@ std::vector<int64_t> heavy_first(const Attention& p) {
 }
 
 void run_tiled_forward(const Attention& p) {
+  if (p.num_rows() == 0) return;
   const AttentionKernels& kernels = kernels_for(p);
   const size_t bytes = kernels.forward_scratch(p);
-  const std::vector<int64_t> order = heavy_first(p);
-  const int64_t num_tiles = p.num_row_tiles();
-  lst::parallel_for(num_tiles * p.num_kv_heads, 1, p.num_threads, [&](int64_t first, int64_t last) {
+  const int64_t num_tiles = p.num_row_tiles(), per_task = tiles_per_task(num_tiles * p.num_kv_heads);
+  const std::vector<int64_t> order = heavy_first(p, per_task * lst::kTileQueries);
+  const int64_t num_tasks = static_cast<int64_t>(order.size());
+  lst::parallel_for(num_tasks * p.num_kv_heads, 1, p.num_threads, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
-      kernels.forward_tile(p, order[static_cast<size_t>(i % num_tiles)], i / num_tiles,
-                           scratch(bytes));
+      const int64_t tile = order[static_cast<size_t>(i % num_tasks)] * per_task;
+      kernels.tiled_forward(p, tile, std::min(per_task, num_tiles - tile), i / num_tasks,
+                            scratch(bytes));
     }
   });
 }
 
-// For every tile of keys the rows that read it. Query ranges of tiles never fall either.
-std::vector<KeyTile> key_tiles(const Attention& p) {
-  std::vector<KeyTile> tiles;
+// For all keys, in order, the rows that read them. Neither end of a task's rows ever falls.
+std::vector<KeyTask> key_tasks(const Attention& p) {
+  const int64_t num_tiles = (p.num_keys + lst::kTileKeys - 1) / lst::kTileKeys;
+  const int64_t per_task = tiles_per_task(num_tiles * p.num_kv_heads);
+  std::vector<KeyTask> tasks;
   int64_t first = 0, last = 0;
   int32_t number = 0;
-  for (int64_t key = 0; key < p.num_keys; key += lst::kBackwardKeys) {
+  for (int64_t tile = 0; tile < num_tiles; tile += per_task) {
+    const int64_t key = tile * lst::kTileKeys, end = key + per_task * lst::kTileKeys;
     while (first < p.num_queries && p.stop[first] <= key) ++first;
-    while (last < p.num_queries && p.start[last] < key + lst::kBackwardKeys) ++last;
-    tiles.push_back({first * p.group(), last * p.group(), number});
+    while (last < p.num_queries && p.start[last] < end) ++last;
+    tasks.push_back({tile, std::min(per_task, num_tiles - tile), first * p.group(),
+                     last * p.group(), number});
     if (first < last) ++number;
   }
-  return tiles;
+  return tasks;
 }
 
-// The number of the first tile of keys that adds to each tile of rows.
-std::vector<int32_t> first_numbers(const Attention& p, const std::vector<KeyTile>& tiles) {
+// The number of the first task that adds to each tile of rows.
+std::vector<int32_t> first_numbers(const Attention& p, const std::vector<KeyTask>& tasks) {
   std::vector<int32_t> first(static_cast<size_t>(p.num_row_tiles()), 0);
   int64_t seen = 0;
-  for (const KeyTile& tile : tiles) {
-    if (tile.first_row >= tile.last_row) continue;
-    const int64_t end = (tile.last_row - 1) / lst::kTileQueries + 1;
-    for (int64_t i = std::max(seen, tile.first_row / lst::kTileQueries); i < end; ++i) {
-      first[static_cast<size_t>(i)] = tile.number;
+  for (const KeyTask& task : tasks) {
+    if (task.first_row >= task.last_row) continue;
+    const int64_t end = (task.last_row - 1) / lst::kTileQueries + 1;
+    for (int64_t i = std::max(seen, task.first_row / lst::kTileQueries); i < end; ++i) {
+      first[static_cast<size_t>(i)] = task.number;
     }
     seen = std::max(seen, end);
   }
@@ -232,18 +243,17 @@ void run_tiled_backward(Attention p) {
                       });
   };
   each_query(kernels.backward_prepare);
-  const std::vector<KeyTile> tiles = key_tiles(p);
-  const std::vector<int32_t> first_number = first_numbers(p, tiles);
+  const std::vector<KeyTask> tasks = key_tasks(p);
+  const std::vector<int32_t> first_number = first_numbers(p, tasks);
   std::vector<int32_t> taken(static_cast<size_t>(p.num_kv_heads * p.num_row_tiles()), 0);
   const Turns turns{first_number.data(), taken.data(), [] { std::this_thread::yield(); }};
-  // Tiles in order, each for every head before the next: threads take them in this order, so a tile
+  // Tasks in order, each for every head before the next: threads take them in this order, so a task
   // only ever waits for one that has been taken, and mostly for none.
-  lst::parallel_for(static_cast<int64_t>(tiles.size()) * p.num_kv_heads, 1, p.num_threads,
+  lst::parallel_for(static_cast<int64_t>(tasks.size()) * p.num_kv_heads, 1, p.num_threads,
                     [&](int64_t first, int64_t last) {
                       for (int64_t i = first; i < last; ++i) {
-                        const int64_t tile = i / p.num_kv_heads;
-                        kernels.backward_tile(p, tiles[static_cast<size_t>(tile)], tile,
-                                              i % p.num_kv_heads, turns, scratch(bytes));
+                        kernels.tiled_backward(p, tasks[static_cast<size_t>(i / p.num_kv_heads)],
+                                               i % p.num_kv_heads, turns, scratch(bytes));
                       }
                     });
   if (p.dtype == kBfloat16) each_query(kernels.backward_finish);
