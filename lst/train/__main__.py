@@ -10,30 +10,13 @@ import tyro
 
 from lst.errors import UserError, run_command
 from lst.presets import DESCRIPTIONS, PRESETS
-from lst.train.config import TrainConfig, differences
+from lst.train.config import TrainConfig
 from lst.train.distributed import SharedError, launched_rank
 from lst.train.loop import train
 from lst.train.run_folder import read_run_config
 
 DEFAULT_PRESET = "demo"
 SILENCE = 5.0  # seconds that the other ranks leave rank 0 to speak of a mistake
-
-# What a run may be resumed with another value of: where things are and how often it tells of them.
-FREE_ON_RESUME = frozenset(
-    {
-        "name",
-        "out",
-        "data.corpus",
-        "data.num_workers",
-        "accumulation",
-        "validate_every",
-        "checkpoint_every",
-        "keep",
-        "log_every",
-        "device",
-        "evaluate",
-    }
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +31,7 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, bool]:
     """The configuration that a command line asks for, and whether it resumes a run.
 
     Raises:
-        UserError: no such preset; nothing to resume; a configuration that contradicts the run's.
+        UserError: no such preset; no run to resume.
         SystemExit: 0 after ``--help``, 2 after an option that does not parse.
     """
     preset, options = None, arguments
@@ -69,8 +52,10 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, bool]:
         description=_description(),
         console_outputs=launched_rank() == 0,
     )
-    if started is not None:
-        _check_same_run(started, command.config)
+    if started is not None and command.config.out != started.out:
+        raise UserError(
+            f"--out: a run goes on in its own folder, {started.out}; got {command.config.out}"
+        )
     return command.config, started is not None
 
 
@@ -82,17 +67,6 @@ def _resumed_folder(options: list[str]) -> Path | None:
         if option.startswith("--resume="):
             return Path(option.removeprefix("--resume="))
     return None
-
-
-def _check_same_run(started: TrainConfig, asked: TrainConfig) -> None:
-    if asked.out != started.out:
-        raise UserError(f"--out: a run goes on in its own folder, {started.out}; got {asked.out}")
-    for key, before, now in differences(started, asked):
-        if key not in FREE_ON_RESUME:
-            raise UserError(
-                f"--resume {started.out}: expected {key} = {before}, as the run was started, "
-                f"got {now}"
-            )
 
 
 def _description() -> str:

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from lst.errors import UserError
 from lst.model import LanguageModel, build_model
 from lst.train.config import TrainConfig, read_config, to_json
-from lst.train.distributed import World
+from lst.train.distributed import SharedError, World
 from lst.train.optimizer import optimizer_tensors
 from lst.train.run_folder import (
     CHECKPOINTS,
@@ -116,7 +116,7 @@ def _save_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
             for cause in error.failures.values():
                 if isinstance(cause[0], OSError):
                     reason = cause[0].strerror
-                    raise UserError(f"{folder}: cannot be written ({reason})") from None
+                    raise SharedError(f"{folder}: cannot be written ({reason})") from None
             raise
 
 

@@ -73,6 +73,24 @@ class TrainConfig:
         _expect(0 <= self.seed < 2**63, "seed", "0 or more, below 2^63", self.seed)
 
 
+# What a run may be resumed with another value of: where things are and how often it tells of them.
+FREE_ON_RESUME = frozenset(
+    {
+        "name",
+        "out",
+        "data.corpus",
+        "data.num_workers",
+        "accumulation",
+        "validate_every",
+        "checkpoint_every",
+        "keep",
+        "log_every",
+        "device",
+        "evaluate",
+    }
+)
+
+
 def _expect(holds: bool, name: str, expected: str, got: object) -> None:
     if not holds:
         raise UserError(f"--{name}: expected {expected}, got {got}")
@@ -106,6 +124,15 @@ def differences(first: TrainConfig, second: TrainConfig) -> list[tuple[str, Any,
     a, b = _flatten(to_json(first)), _flatten(to_json(second))
     keys = [*a, *(key for key in b if key not in a)]
     return [(key, a.get(key), b.get(key)) for key in keys if a.get(key) != b.get(key)]
+
+
+def check_same_run(started: TrainConfig, asked: TrainConfig, where: str) -> None:
+    """Raise UserError where a run would be resumed as another than it was started as."""
+    for key, before, now in differences(started, asked):
+        if key not in FREE_ON_RESUME:
+            raise UserError(
+                f"{where}: expected {key} = {before}, as the run was started, got {now}"
+            )
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -26,13 +26,13 @@ from lst.train.checkpoint import (
     read_state,
     save_checkpoint,
 )
-from lst.train.config import TrainConfig
+from lst.train.config import TrainConfig, check_same_run, read_config
 from lst.train.corpus import Corpus, check_same_data, open_corpus
 from lst.train.distributed import World, start_world
 from lst.train.interrupt import Interrupt, catch_signals
 from lst.train.metrics import MetricsLog
 from lst.train.optimizer import build_optimizer, learning_rate, set_learning_rate
-from lst.train.run_folder import create_run
+from lst.train.run_folder import CONFIG, create_run
 from lst.train.step import backward, check_finite, global_counts, read_step, rehearse
 from lst.train.stories import complete_stories
 from lst.train.validation import validate
@@ -85,6 +85,7 @@ def prepare(config: TrainConfig, world: World, *, resume: bool) -> Run:
         corpus = open_corpus(config.data)
         state = State(vocabulary=corpus.vocabulary, datasets=corpus.fingerprints)
         if checkpoint is not None:
+            check_same_run(read_config(checkpoint / CONFIG), config, str(checkpoint))
             state = read_state(checkpoint)
             check_same_data(corpus, state, str(checkpoint))
         loader = TrainLoader(

@@ -226,7 +226,7 @@ def plot_losses(lines: list[dict[str, Any]], path: Path) -> None:
         return
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     for axes, part in zip(figure.subplots(1, 2), ("text", "speech"), strict=True):
-        for split in sorted({line["split"] for line in lines}):
+        for number, split in enumerate(sorted({line["split"] for line in lines})):
             points = [
                 (line["step"], line[f"loss_{part}"])
                 for line in lines
@@ -234,7 +234,7 @@ def plot_losses(lines: list[dict[str, Any]], path: Path) -> None:
             ]
             marks: dict[str, Any] = {"linewidth": 1} if split == TRAIN else {"marker": "o"}
             if points:
-                axes.plot(*zip(*points, strict=True), label=split, **marks)
+                axes.plot(*zip(*points, strict=True), label=split, color=f"C{number}", **marks)
         axes.set_title(f"{part} tokens")
         axes.set_xlabel("step")
         axes.set_ylabel("loss, nats per token")

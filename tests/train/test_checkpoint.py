@@ -1,6 +1,8 @@
 """A checkpoint is complete or does not count, and holds all it takes to use the model."""
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -114,6 +116,21 @@ def test_a_crash_while_saving_leaves_the_one_before(
     second = save(config, 3)
     assert complete_checkpoints(config.out) == [first, second]
     assert sorted(path.name for path in second.parent.iterdir()) == [first.name, second.name]
+
+
+def test_a_full_disk_is_named_and_the_one_before_is_kept(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny()
+    first = save(config, 1)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("lst.train.checkpoint.HuggingFaceStorageWriter.write_data", full)
+    with pytest.raises(UserError, match=r"model: cannot be written \(No space left on device\)"):
+        save(config, 2)
+    assert newest_checkpoint(config.out) == first
 
 
 @pytest.mark.parametrize("name", ["state.json", "config.json", "model", "optimizer"])

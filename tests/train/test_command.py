@@ -11,6 +11,7 @@ import pytest
 from lst.errors import run_command
 from lst.presets import DESCRIPTIONS, PRESETS
 from lst.train.__main__ import main, parse
+from lst.train.checkpoint import newest_checkpoint
 from lst.train.config import TrainConfig, to_json
 from lst.train.loop import train
 
@@ -68,6 +69,7 @@ def test_mistakes_leave_with_code_2_and_one_line(
 ) -> None:
     run, empty, bare = tiny(steps=1), tmp_path / "empty", tmp_path / "bare"
     train(run)
+    checkpoint = newest_checkpoint(run.out)
     empty.mkdir()
     bare.mkdir()
     (bare / "config.json").write_text(json.dumps(to_json(run)))
@@ -87,13 +89,13 @@ def test_mistakes_leave_with_code_2_and_one_line(
         (["--resume", broken], f"{broken / 'config.json'}: unknown key stepz"),
         (
             ["--resume", run.out, "--optimizer.lr", "0.5"],
-            f"--resume {run.out}: expected optimizer.lr = 0.01, as the run was started, got 0.5",
+            f"{checkpoint}: expected optimizer.lr = 0.01, as the run was started, got 0.5",
         ),
         (
             ["--resume", run.out, "--out", empty],
             f"--out: a run goes on in its own folder, {run.out}",
         ),
-        (["demo", "--resume", run.out], f"--resume {run.out}: expected model."),
+        (["demo", "--resume", run.out], f"{checkpoint}: expected model."),
     ]
     for options, message in cases:
         capsys.readouterr()

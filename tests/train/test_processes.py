@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -115,6 +116,14 @@ def test_two_processes_train_as_one_and_go_on_bit_for_bit(tiny: Tiny) -> None:
     expected = load_model(two.out, "cpu")[0].state_dict()
     for name, tensor in load_model(parts.out, "cpu")[0].state_dict().items():
         assert torch.equal(tensor, expected[name]), name
+
+    # One process goes on from where two stopped.
+    for step in (4, 6):
+        shutil.rmtree(parts.out / "checkpoints" / f"step-{step:08d}")
+    train(parts, resume=True)
+    assert [loss for _, loss, _ in told(parts)] == pytest.approx(
+        [loss for _, loss, _ in told(two)], rel=1e-4
+    )
 
 
 @pytest.mark.timeout(2 * SECONDS)
