@@ -19,6 +19,8 @@ from torch import Tensor
 from lst_kernels.ranges import KeyRanges
 
 __all__ = [
+    "patch_expand",
+    "patch_expand_backward",
     "patch_pool",
     "patch_pool_backward",
     "range_attention",
@@ -28,7 +30,7 @@ __all__ = [
 ]
 
 Family: TypeAlias = Literal["auto", "patch-owned", "tiled"]
-Reduce: TypeAlias = Literal["mean", "sum", "max"]
+Reduce: TypeAlias = Literal["mean", "sum", "max", "min", "first", "last"]
 
 # What follows mirrors the sources: setup.py gives the file its name, interface.cpp its version,
 # levels.h the numbers of the levels, attention.h those of dtypes and families and the structure,
@@ -36,11 +38,11 @@ Reduce: TypeAlias = Literal["mean", "sum", "max"]
 LIBRARY = Path(__file__).with_name(
     "liblst_kernels" + {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 )
-ABI_VERSION = 2
+ABI_VERSION = 3
 LEVELS = ("portable", "avx2", "avx512")
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 _FAMILY_CODES = {"auto": 0, "patch-owned": 1, "tiled": 2}
-_REDUCE_CODES = {"mean": 0, "sum": 1, "max": 2}
+_REDUCE_CODES = {"mean": 0, "sum": 1, "max": 2, "min": 3, "first": 4, "last": 5}
 
 
 class _RangeAttention(ctypes.Structure):
@@ -70,10 +72,12 @@ class _RangeAttention(ctypes.Structure):
     )
 
 
-_BUFFERS_SIZES_CODES = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 3 + [ctypes.c_int32] * 2
+_POINTER, _SIZE, _CODE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _ARGUMENTS = {
-    "lst_patch_pool_f32": _BUFFERS_SIZES_CODES,
-    "lst_patch_pool_backward_f32": _BUFFERS_SIZES_CODES,
+    "lst_patch_pool_forward": [_POINTER] * 4 + [_SIZE] * 3 + [_CODE] * 3,
+    "lst_patch_pool_backward": [_POINTER] * 4 + [_SIZE] * 3 + [_CODE] * 3,
+    "lst_patch_expand_forward": [_POINTER] * 3 + [_SIZE] * 3 + [_CODE] * 2,
+    "lst_patch_expand_backward": [_POINTER] * 4 + [_SIZE] * 3 + [_CODE] * 2,
     "lst_range_attention_forward": [ctypes.POINTER(_RangeAttention)],
     "lst_range_attention_backward": [ctypes.POINTER(_RangeAttention)],
 }
@@ -154,31 +158,28 @@ def patch_pool(x: Tensor, cu_patches: Tensor, reduce: Reduce) -> tuple[Tensor, T
     """Reduce each patch's tokens to one row.
 
     Args:
-        x: (T, F) float32, contiguous, on the CPU.
+        x: (T, F), contiguous, on the CPU: float32, bfloat16, float64, or float16, which is computed
+            as float32. Sums of float32 are carried in float64.
         cu_patches: (P + 1,) int32, token offset of each patch, from 0 to T.
-        reduce: an empty patch gives 0 under each. Under ``"max"`` the first of equal values wins,
-            and a NaN wins over every number, as in :func:`torch.amax`.
+        reduce: an empty patch gives 0 under each. Under ``"max"`` and ``"min"`` the first of equal
+            values wins, and a NaN wins over every number, as in :func:`torch.amax`.
 
     Returns:
-        out (P, F) float32, and for ``"max"`` index (P, F) int32, the token that won (-1 in an empty
-        patch), else ``None``.
+        out (P, F) in x's dtype, and for ``"max"`` and ``"min"`` index (P, F) int32, the token that
+        won (-1 in an empty patch), else ``None``.
 
     Raises:
         ValueError: an argument is not as above.
     """
-    _check("x", x, torch.float32, 2)
+    code = _code(reduce)
+    dtype, x = x.dtype, _rows("x", x)
     _check_offsets(cu_patches)
-    num_tokens, num_features = x.shape
-    num_patches = cu_patches.shape[0] - 1
-    out = x.new_empty(num_patches, num_features)
-    index = cu_patches.new_empty(num_patches, num_features) if reduce == "max" else None
-    _call(
-        "lst_patch_pool_f32",
-        *(x, cu_patches, out, index),
-        *(num_tokens, num_patches, num_features),
-        *(_code(reduce), torch.get_num_threads()),
-    )
-    return out, index
+    shape = (cu_patches.shape[0] - 1, x.shape[1])
+    out = x.new_empty(shape)
+    index = cu_patches.new_empty(shape) if reduce in ("max", "min") else None
+    sizes = (x.shape[0], *shape)
+    _call("lst_patch_pool_forward", x, cu_patches, out, index, *sizes, code, *_dtype_threads(x))
+    return out.to(dtype), index
 
 
 def patch_pool_backward(
@@ -187,37 +188,80 @@ def patch_pool_backward(
     """Give each token its share of its patch's gradient.
 
     Args:
-        grad: (P, F) float32, contiguous, on the CPU.
+        grad: (P, F), as x in the forward pass.
         cu_patches: (P + 1,) int32, token offset of each patch, from 0 to ``num_tokens``.
-        reduce: as in the forward pass. ``"max"`` gives the whole gradient to the token that won.
-        index: (P, F) int32, contiguous, from the forward pass; ``None`` unless ``"max"``.
+        reduce: as in the forward pass. ``"max"`` and ``"min"`` give the whole gradient to the token
+            that won.
+        index: (P, F) int32, contiguous, from the forward pass; ``None`` unless one of these two.
         num_tokens: T.
 
     Returns:
-        (T, F) float32.
+        (T, F) in grad's dtype.
 
     Raises:
         ValueError: an argument is not as above.
     """
-    _check("grad", grad, torch.float32, 2)
+    code = _code(reduce)
+    dtype, grad = grad.dtype, _rows("grad", grad)
     _check_offsets(cu_patches)
     num_patches, num_features = grad.shape
     if cu_patches.shape[0] != num_patches + 1:
         raise ValueError(f"cu_patches has {cu_patches.shape[0]} offsets for {num_patches} patches")
-    if reduce == "max":
+    if reduce in ("max", "min"):
         if index is None:
-            raise ValueError('reduce="max" needs the index that the forward pass returned')
+            raise ValueError(f'reduce="{reduce}" needs the index that the forward pass returned')
         _check("index", index, torch.int32, 2)
         if index.shape != grad.shape:
             raise ValueError(f"index is {tuple(index.shape)} where grad is {tuple(grad.shape)}")
     grad_x = grad.new_empty(num_tokens, num_features)
-    _call(
-        "lst_patch_pool_backward_f32",
-        *(grad, cu_patches, index, grad_x),
-        *(num_tokens, num_patches, num_features),
-        *(_code(reduce), torch.get_num_threads()),
-    )
-    return grad_x
+    sizes = (num_tokens, num_patches, num_features)
+    buffers = (grad, cu_patches, index, grad_x)
+    _call("lst_patch_pool_backward", *buffers, *sizes, code, *_dtype_threads(grad))
+    return grad_x.to(dtype)
+
+
+def patch_expand(z: Tensor, ids: Tensor) -> Tensor:
+    """Give every token t the row ``ids[t]``.
+
+    Args:
+        z: (P, F), contiguous, on the CPU, of a dtype as in :func:`patch_pool`.
+        ids: (T,) int32 in -1 … P - 1; -1 gives 0.
+
+    Returns:
+        (T, F) in z's dtype.
+
+    Raises:
+        ValueError: an argument is not as above.
+    """
+    dtype, z = z.dtype, _rows("z", z)
+    _check("ids", ids, torch.int32, 1)
+    out = z.new_empty(ids.shape[0], z.shape[1])
+    _call("lst_patch_expand_forward", z, ids, out, ids.shape[0], *z.shape, *_dtype_threads(z))
+    return out.to(dtype)
+
+
+def patch_expand_backward(grad: Tensor, ids: Tensor, start: Tensor, stop: Tensor) -> Tensor:
+    """Sum the gradients of each patch's readers.
+
+    Args:
+        grad: (T, F), as z in the forward pass.
+        ids: (T,) int32, as in the forward pass; ``start`` and ``stop`` say the same.
+        start, stop: (P,) int32, patch p was given to tokens ``start[p] … stop[p] - 1``.
+
+    Returns:
+        (P, F) in grad's dtype.
+
+    Raises:
+        ValueError: an argument is not as above.
+    """
+    dtype, grad = grad.dtype, _rows("grad", grad)
+    start, stop = start.contiguous(), stop.contiguous()
+    _check("start", start, torch.int32, 1)
+    _check("stop", stop, torch.int32, 1)
+    grad_z = grad.new_empty(start.shape[0], grad.shape[1])
+    sizes = (grad.shape[0], start.shape[0], grad.shape[1])
+    _call("lst_patch_expand_backward", grad, start, stop, grad_z, *sizes, *_dtype_threads(grad))
+    return grad_z.to(dtype)
 
 
 def _computable(x: Tensor) -> Tensor:
@@ -263,6 +307,19 @@ def _attend(
         num_threads=torch.get_num_threads(),
     )
     _call(function, ctypes.byref(arguments))
+
+
+def _rows(name: str, x: Tensor) -> Tensor:
+    """A checked (rows, F) tensor in a dtype that the library computes."""
+    x = x.float() if x.dtype == torch.float16 else x
+    if x.dtype not in _DTYPE_CODES:
+        raise ValueError(f"{name}: expected float32, bfloat16, float16 or float64, got {x.dtype}")
+    _check(name, x, x.dtype, 2)
+    return x
+
+
+def _dtype_threads(x: Tensor) -> tuple[int, int]:
+    return _DTYPE_CODES[x.dtype], torch.get_num_threads()
 
 
 def _check(name: str, tensor: Tensor, dtype: torch.dtype, num_dimensions: int) -> None:

@@ -1,5 +1,5 @@
-// What every op family shares: how a function leaves the library, how it is compiled for several
-// instruction sets, and how its work is split among threads.
+// What every op family shares: how a function leaves the library, and how its work is split among
+// threads.
 #pragma once
 
 #include <cstdint>
@@ -11,15 +11,6 @@
 #define LST_EXPORT extern "C" __declspec(dllexport)
 #else
 #define LST_EXPORT extern "C" __attribute__((visibility("default")))
-#endif
-
-// Marks a function that holds hot loops: one version per x86-64 level, chosen when the library is
-// loaded. A lambda inside would be compiled for the baseline alone, so the loops stand directly in
-// the marked function or in something always inlined into it.
-#if defined(LST_HAS_TARGET_CLONES)
-#define LST_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define LST_CLONES
 #endif
 
 namespace lst {

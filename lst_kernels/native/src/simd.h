@@ -3,6 +3,7 @@
 // code can be merged by the linker, and none of it comes from the standard library's templates.
 #pragma once
 
+#include <stddef.h>
 #include <stdint.h>
 
 #if !defined(LST_INLINE)

@@ -1,0 +1,239 @@
+// The hot loops of patch_pool and patch_expand, compiled once per level with LST_LEVEL its name.
+//
+// A run of features stays in registers while the rows go by; every byte of x, y and index is touched
+// once, so the ops run at the speed of memory.
+#include "pool.h"
+#include "simd.h"
+
+namespace {
+
+using lst::Pool;
+using lst::PoolItem;
+
+// What sums of T are carried in: float32 in float64, so that a patch of 10,000 tokens is as exact as
+// one of two.
+template <class T>
+struct Carry {
+  typedef double type;
+};
+template <>
+struct Carry<bfloat16> {
+  typedef float type;
+};
+
+typedef float HalfFloats __attribute__((vector_size(kVectorBytes / 2)));
+typedef int32_t HalfIntegers __attribute__((vector_size(kVectorBytes / 2)));
+
+LST_INLINE Simd<double>::V widen(const float* source) {
+  return __builtin_convertvector(load<HalfFloats>(source), Simd<double>::V);
+}
+LST_INLINE Simd<double>::V widen(const double* source) { return load_row<double>(source); }
+LST_INLINE Simd<float>::V widen(const bfloat16* source) { return load_row<float>(source); }
+
+LST_INLINE void narrow(float* target, Simd<double>::V v) {
+  store(target, __builtin_convertvector(v, HalfFloats));
+}
+LST_INLINE void narrow(double* target, Simd<double>::V v) { store(target, v); }
+LST_INLINE void narrow(bfloat16* target, Simd<float>::V v) { store_row(target, v); }
+
+LST_INLINE Simd<float>::I load_index(const int32_t* source, float) {
+  return load<Simd<float>::I>(source);
+}
+LST_INLINE Simd<double>::I load_index(const int32_t* source, double) {
+  return __builtin_convertvector(load<HalfIntegers>(source), Simd<double>::I);
+}
+LST_INLINE void store_index(int32_t* target, Simd<float>::I v) { store(target, v); }
+LST_INLINE void store_index(int32_t* target, Simd<double>::I v) {
+  store(target, __builtin_convertvector(v, HalfIntegers));
+}
+
+template <class T>
+struct Pooling {
+  typedef typename Carry<T>::type A;
+  typedef typename Simd<A>::V AV;
+  typedef typename Compute<T>::type C;
+  typedef typename Simd<C>::V V;
+  typedef typename Simd<C>::I I;
+  static constexpr int64_t kRun = 8;
+
+  // Where an item's rows lie: of x and y, and how far apart x's are.
+  struct Place {
+    T* x;  // row start of x
+    T* y;
+    int32_t* index;
+    int64_t stride, start, stop;
+  };
+
+  static LST_INLINE Place place(const Pool& p, const PoolItem& item) {
+    const int64_t start = p.start[item.row], at = item.row * p.num_features + item.feature;
+    return {static_cast<T*>(p.x) + start * p.num_features + item.feature,
+            static_cast<T*>(p.y) + at,
+            p.index == nullptr ? nullptr : p.index + at,
+            p.num_features,
+            start,
+            p.stop[item.row]};
+  }
+
+  // --- sums ---
+
+  template <int kVectors>
+  static LST_INLINE void sum_run(const Place& at, int64_t feature, A divisor) {
+    AV total[kVectors] = {};
+    const T* row = at.x + feature;
+    for (int64_t token = at.start; token < at.stop; ++token, row += at.stride) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kVectors; ++i) total[i] += widen(row + i * kLanes<A>);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; ++i) narrow(at.y + feature + i * kLanes<A>, total[i] / divisor);
+  }
+
+  static void sum(const Pool& p, const PoolItem& item, bool mean) {
+    const Place at = place(p, item);
+    const A divisor = mean && at.start < at.stop ? static_cast<A>(at.stop - at.start) : A(1);
+    int64_t j = 0;
+    for (; j + kRun * kLanes<A> <= item.width; j += kRun * kLanes<A>) sum_run<kRun>(at, j, divisor);
+    for (; j + kLanes<A> <= item.width; j += kLanes<A>) sum_run<1>(at, j, divisor);
+    for (; j < item.width; ++j) {
+      A total = 0;
+      const T* element = at.x + j;
+      for (int64_t token = at.start; token < at.stop; ++token, element += at.stride) {
+        total += widen_one(element);
+      }
+      narrow_one(at.y + j, total / divisor);
+    }
+  }
+
+  static LST_INLINE A widen_one(const T* source) { return load_part<C>(source, 1)[0]; }
+  static LST_INLINE void narrow_one(T* target, A value) {
+    store_part<C>(target, splat<C>(static_cast<C>(value)), 1);
+  }
+
+  static void spread(const Pool& p, const PoolItem& item, bool mean) {
+    const Place at = place(p, item);
+    const A divisor = mean ? static_cast<A>(at.stop - at.start) : A(1);
+    T share[lst::kTileFeatures];
+    int64_t j = 0;
+    for (; j + kLanes<A> <= item.width; j += kLanes<A>) narrow(share + j, widen(at.y + j) / divisor);
+    for (; j < item.width; ++j) narrow_one(share + j, widen_one(at.y + j) / divisor);
+    T* row = at.x;
+    for (int64_t token = at.start; token < at.stop; ++token, row += at.stride) {
+      __builtin_memcpy(row, share, static_cast<size_t>(item.width) * sizeof(T));
+    }
+  }
+
+  // --- extremes: the first of equal values wins, and the first NaN wins over everything ---
+
+  template <bool kLeast>
+  static LST_INLINE I wins(V row, V best) {
+    // True for a better value and, both comparisons being false for NaN, for the first NaN.
+    return ~(kLeast ? row >= best : row <= best) & (best == best);
+  }
+
+  template <int kVectors, bool kLeast>
+  static LST_INLINE void extreme_run(const Place& at, int64_t feature) {
+    V best[kVectors];
+    I winner[kVectors];
+    const T* row = at.x + feature;
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; ++i) {
+      best[i] = load_row<C>(row + i * kLanes<C>);
+      winner[i] = static_cast<typename Simd<C>::Integer>(at.start) - I{};
+    }
+    for (int64_t token = at.start + 1; token < at.stop; ++token) {
+      row += at.stride;
+      const I here = static_cast<typename Simd<C>::Integer>(token) - I{};
+#pragma GCC unroll 8
+      for (int i = 0; i < kVectors; ++i) {
+        const V value = load_row<C>(row + i * kLanes<C>);
+        const I better = wins<kLeast>(value, best[i]);
+        best[i] = better ? value : best[i];
+        winner[i] = better ? here : winner[i];
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; ++i) {
+      store_row(at.y + feature + i * kLanes<C>, best[i]);
+      store_index(at.index + feature + i * kLanes<C>, winner[i]);
+    }
+  }
+
+  template <bool kLeast>
+  static LST_INLINE void extreme_one(const Place& at, int64_t feature) {
+    const T* element = at.x + feature;
+    V best = load_part<C>(element, 1);
+    int32_t winner = static_cast<int32_t>(at.start);
+    for (int64_t token = at.start + 1; token < at.stop; ++token) {
+      element += at.stride;
+      const V value = load_part<C>(element, 1);
+      if (wins<kLeast>(value, best)[0]) {
+        best = value;
+        winner = static_cast<int32_t>(token);
+      }
+    }
+    store_part<C>(at.y + feature, best, 1);
+    at.index[feature] = winner;
+  }
+
+  template <bool kLeast>
+  static LST_INLINE void extremes(const Place& at, int64_t width) {
+    constexpr int kVectors = kRun / 2;  // a value and an index each
+    int64_t j = 0;
+    for (; j + kVectors * kLanes<C> <= width; j += kVectors * kLanes<C>) {
+      extreme_run<kVectors, kLeast>(at, j);
+    }
+    for (; j + kLanes<C> <= width; j += kLanes<C>) extreme_run<1, kLeast>(at, j);
+    for (; j < width; ++j) extreme_one<kLeast>(at, j);
+  }
+
+  static void extreme(const Pool& p, const PoolItem& item, bool least) {
+    const Place at = place(p, item);
+    if (at.start == at.stop) {
+      __builtin_memset(at.y, 0, static_cast<size_t>(item.width) * sizeof(T));
+      __builtin_memset(at.index, -1, static_cast<size_t>(item.width) * sizeof(int32_t));
+    } else if (least) {
+      extremes<true>(at, item.width);
+    } else {
+      extremes<false>(at, item.width);
+    }
+  }
+
+  // Each row of x takes the value where it won. Comparing instead of scattering writes every element
+  // once and stays inside the patch whatever the index holds.
+  static void award(const Pool& p, const PoolItem& item) {
+    const Place at = place(p, item);
+    T* row = at.x;
+    for (int64_t token = at.start; token < at.stop; ++token, row += at.stride) {
+      const I here = static_cast<typename Simd<C>::Integer>(token) - I{};
+      int64_t j = 0;
+      for (; j + kLanes<C> <= item.width; j += kLanes<C>) {
+        const I won = load_index(at.index + j, C()) == here;
+        store_row(row + j, won ? load_row<C>(at.y + j) : V{});
+      }
+      for (; j < item.width; ++j) {
+        const V value = at.index[j] == token ? load_part<C>(at.y + j, 1) : V{};
+        store_part<C>(row + j, value, 1);
+      }
+    }
+  }
+};
+
+template <class T>
+constexpr lst::PoolKernels kernels_for() {
+  return {Pooling<T>::sum, Pooling<T>::spread, Pooling<T>::extreme, Pooling<T>::award};
+}
+
+}  // namespace
+
+#define LST_JOIN_NAMES(a, b) a##b
+#define LST_JOIN(a, b) LST_JOIN_NAMES(a, b)
+
+namespace lst {
+
+const PoolKernels LST_JOIN(pool_kernels_, LST_LEVEL)[3] = {
+    kernels_for<float>(),
+    kernels_for<bfloat16>(),
+    kernels_for<double>(),
+};
+
+}  // namespace lst
