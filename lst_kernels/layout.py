@@ -219,9 +219,8 @@ class PatchLayout:
             cu_tokens = torch.tensor([0, num_tokens], device=device)
         elif _checked(starts):
             _check_offsets(cu_tokens, num_tokens)
-        marks = torch.cat((starts, starts.new_zeros(1)))
+        marks = torch.cat((starts, starts.new_zeros(1)))  # (T+1,), for documents that start at T
         marks[cu_tokens[:-1].long()] = True
-        marks[num_tokens:] = False  # a document without tokens at the end of the stream
         patches_before = torch.cumsum(marks, 0) - marks.long()  # (T+1,)
         if _checked(starts) and patches_before[-1] > max_patches:
             raise ValueError(
