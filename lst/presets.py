@@ -33,7 +33,7 @@ DEMO = TrainConfig(
     ),
     data=DataConfig(rows=4, units_per_sequence=512),
     optimizer=OptimizerConfig(lr=2e-3, warmup_steps=100),
-    steps=1200,
+    steps=1000,
     out=Path("runs/demo"),
     validate_every=200,
     checkpoint_every=200,
