@@ -7,8 +7,8 @@ variable ``LST_KERNELS_BACKEND``, in this order, is used or refused, never repla
     >>> import torch
     >>> from lst_kernels import PatchLayout, backend, explain, patch_pool
     >>> layout = PatchLayout.from_lengths([2, 1], [2])
-    >>> explain("patch_pool", torch.ones(3, 4, dtype=torch.float64), layout)["reference"]
-    'chosen'
+    >>> explain("patch_pool", torch.ones(3, 4), layout)["flash"]
+    'has no patch_pool'
     >>> with backend("reference"):
     ...     patch_pool(torch.tensor([[1.0], [3.0], [5.0]]), layout)
     tensor([[2.],
@@ -186,14 +186,12 @@ def _flash_unavailable() -> str | None:
 
 
 def _native_refuses(call: Call) -> str | None:
-    if call.op != "patch_pool":
-        return f"has no {call.op}"
     if call.device != "cpu":
         return f"runs on the CPU, not on {call.device}"
-    if call.dtype != torch.float32:
-        return f"takes float32, not {_name(call.dtype)}"
-    if call.reduce not in ("mean", "sum", "max"):
-        return f"reduces by mean, sum and max, not by {call.reduce}"
+    if call.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        return f"takes float32, bfloat16, float16 and float64, not {_name(call.dtype)}"
+    if call.head_dim is not None and call.head_dim > 256:
+        return f"takes head sizes up to 256, not {call.head_dim}"
     return None
 
 
