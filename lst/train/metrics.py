@@ -83,7 +83,12 @@ class MetricsLog:
         self._board = _open_board(config.out / TENSORBOARD, step)
         self._bar = None
         if sys.stderr.isatty():
-            self._bar = tqdm(total=config.steps, initial=step, unit="step", dynamic_ncols=True)
+            self._bar = tqdm(
+                total=config.steps,
+                initial=step,
+                dynamic_ncols=True,
+                bar_format="step {n}/{total} {bar:10} {elapsed}<{remaining}{postfix}",
+            )
 
     @property
     def seconds(self) -> float:
