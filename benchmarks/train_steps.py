@@ -16,11 +16,8 @@ units/s, tokens/s, peak memory, with machine, versions and commit.
 """
 
 import argparse
-import datetime
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -31,6 +28,7 @@ import numpy as np
 import torch
 
 import lst_kernels
+from benchmarks.machine import describe_machine, file_stem
 from lst.data.batch import Batch, make_batch, pack_documents
 from lst.data.interleave import Document
 from lst.data.packing import Packed, concatenate, patch_document, take
@@ -59,7 +57,7 @@ def text_document(rng: np.random.Generator) -> Document:
 
 
 def interleaved_document(rng: np.random.Generator) -> Document:
-    """Spans of 5–30 written words, each followed by half as many spoken ones, for about a minute."""
+    """Spans of 5–30 written words, each followed by half as many spoken ones: about a minute."""
     parts: list[Any] = [[BOS]]
     for _ in range(6):
         words = int(rng.integers(5, 31))
@@ -229,21 +227,6 @@ def run_demo(corpus: Path, out: Path) -> dict[str, Any]:
     }
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """What a figure must name to mean anything."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
-    return {
-        "device": torch.cuda.get_device_name(device),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "commit": commit.stdout.strip() or "unknown",
-        "date": datetime.date.today().isoformat(),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the result file")
@@ -254,10 +237,9 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("error: this measures a GPU, and torch sees none")
     device = torch.device("cuda")
-    about = machine(device)
+    about = describe_machine(device)
     options.out.mkdir(parents=True, exist_ok=True)
-    name = about["device"].lower().replace(" ", "-")
-    path = options.out / f"train-steps-{name}-{about['date']}.json"
+    path = options.out / f"train-steps-{file_stem(about)}.json"
     result: dict[str, Any] = {"machine": about, "check": check(device), "steps": []}
     path.write_text(json.dumps(result, indent=2) + "\n")
     for preset in options.presets:

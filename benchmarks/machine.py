@@ -1,0 +1,70 @@
+"""What a figure must name to mean anything: the machine, the versions, the commit."""
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["describe_machine", "file_stem"]
+
+PEERS = ("triton", "numpy", "flash-attn", "flash-attn-3", "flash-attn-4", "xformers")
+
+
+def describe_machine(device: torch.device | None = None) -> dict[str, Any]:
+    """Of a CUDA device, or of the processor where ``device`` is None."""
+    about: dict[str, Any] = {
+        "device": _processor() if device is None else torch.cuda.get_device_name(device),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "libraries": {name: version for name in PEERS if (version := _version(name))},
+        "commit": _commit(),
+        "date": datetime.date.today().isoformat(),
+    }
+    if device is None:
+        return about | {"threads": torch.get_num_threads(), "load": os.getloadavg()[0]}
+    properties = torch.cuda.get_device_properties(device)
+    return about | {
+        "cuda": torch.version.cuda,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+    }
+
+
+def file_stem(about: dict[str, Any]) -> str:
+    """``nvidia-h200-2026-11-21``: the device and the day, for the name of a result file."""
+    return f"{about['device'].lower().replace(' ', '-')}-{about['date']}"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str:
+    """``unknown`` where there is no git, or no repository: a copy of the files is enough to run."""
+    try:
+        run = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:
+        return "unknown"
+    return run.stdout.strip() or "unknown"
