@@ -325,9 +325,13 @@ def test_wrong_ranges_are_refused_by_the_library_itself(start, stop, family, mes
 
 
 PEAK = """
-import resource, torch
+from pathlib import Path
+import torch
 from lst_kernels import native
 from lst_kernels.ranges import KeyRanges
+def resident(kind):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(kind))
 T = 65536
 token = torch.arange(T, dtype=torch.int32)
 ranges = {ranges}
@@ -335,26 +339,27 @@ q = torch.randn(ranges.num_queries, 1, 64)
 k, v = torch.randn(2, ranges.num_keys, 1, 64)
 grad = torch.randn(q.shape)
 native.range_attention(q[:0], k[:0], v[:0], KeyRanges(token[:0], token[:0], 0), 0.125)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+Path("/proc/self/clear_refs").write_text("5")  # the peak is that of the process it came from
+before = resident("VmRSS")
 out, lse = native.range_attention(q, k, v, ranges, 0.125)
 grads = native.range_attention_backward(grad, q, k, v, out, lse, ranges, 0.125)
-grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * {unit}
-print(grown, sum(x.nbytes for x in (q, k, v, grad)), sum(x.nbytes for x in (out, lse, *grads)))
+grown = resident("VmHWM") - before
+print(grown, sum(x.nbytes for x in (q, k, v, grad)), sum(x.nbytes for x in (out, *grads)))
 """
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 @pytest.mark.parametrize(
     "ranges",
     [
         "KeyRanges(token[: T // 4] * 4, token[: T // 4] * 4 + 4, T)",
-        "KeyRanges((token - 511).clamp(min=0), token + 1, T)",
+        "KeyRanges((token - 99).clamp(min=0), token + 1, T)",
     ],
     ids=["encoder", "sliding-window"],
 )
 def test_memory_stays_under_twice_inputs_and_outputs(ranges: str):
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
-    script = PEAK.format(ranges=ranges, unit=unit)
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    grown, num_in, num_out = map(int, run.stdout.split())
-    # The inputs were there before: what grew is the outputs and the workspace.
-    assert grown + num_in < 2 * (num_in + num_out)
+    command = [sys.executable, "-c", PEAK.format(ranges=ranges)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    grown, given, made = map(int, run.stdout.split())
+    assert grown >= made / 2  # or nothing was measured
+    assert given + grown < 2 * (given + made)

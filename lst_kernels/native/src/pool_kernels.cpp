@@ -109,16 +109,34 @@ struct Pooling {
     store_part<C>(target, splat<C>(static_cast<C>(value)), 1);
   }
 
+  template <int kVectors>
+  static LST_INLINE void spread_run(const Place& at, int64_t feature, C divisor) {
+    V share[kVectors];
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; ++i) {
+      share[i] = load_row<C>(at.y + feature + i * kLanes<C>) / divisor;
+    }
+    T* row = at.x + feature;
+    for (int64_t token = at.start; token < at.stop; ++token, row += at.stride) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kVectors; ++i) store_row(row + i * kLanes<C>, share[i]);
+    }
+  }
+
   static void spread(const Pool& p, const PoolItem& item, bool mean) {
     const Place at = place(p, item);
-    const A divisor = mean ? static_cast<A>(at.stop - at.start) : A(1);
-    T share[lst::kTileFeatures];
+    const C divisor = mean ? static_cast<C>(at.stop - at.start) : C(1);
     int64_t j = 0;
-    for (; j + kLanes<A> <= item.width; j += kLanes<A>) narrow(share + j, widen(at.y + j) / divisor);
-    for (; j < item.width; ++j) narrow_one(share + j, widen_one(at.y + j) / divisor);
-    T* row = at.x;
-    for (int64_t token = at.start; token < at.stop; ++token, row += at.stride) {
-      __builtin_memcpy(row, share, static_cast<size_t>(item.width) * sizeof(T));
+    for (; j + kRun * kLanes<C> <= item.width; j += kRun * kLanes<C>) {
+      spread_run<kRun>(at, j, divisor);
+    }
+    for (; j + kLanes<C> <= item.width; j += kLanes<C>) spread_run<1>(at, j, divisor);
+    for (; j < item.width; ++j) {
+      const V share = load_part<C>(at.y + j, 1) / divisor;
+      T* element = at.x + j;
+      for (int64_t token = at.start; token < at.stop; ++token, element += at.stride) {
+        store_part<C>(element, share, 1);
+      }
     }
   }
 

@@ -1,0 +1,176 @@
+"""One table of ratios at the end of a run, whatever the number of files."""
+
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+import pytest
+import torch
+
+HEADER = ("case", "ours", "peer", "peer's", "ratio", "at least", "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One comparison: how many times less ours takes than the peer."""
+
+    case: str
+    peer: str
+    ours: str
+    theirs: str
+    ratio: float
+    floor: float | None  # the least ratio that passes; None where the ratio is only reported
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return self.floor is None or self.ratio >= self.floor
+
+    def cells(self) -> tuple[str, ...]:
+        floor = "" if self.floor is None else f"{self.floor:g}"
+        verdict = self.note if self.passed else f"TOO LOW  {self.note}"
+        return (
+            self.case, self.ours, self.peer, self.theirs, f"{self.ratio:.2f}", floor, verdict,
+        )  # fmt: skip
+
+
+_rows = pytest.StashKey[list[Row]]()
+
+
+@pytest.fixture
+def table(request: pytest.FixtureRequest) -> list[Row]:
+    """Rows added here are printed when the run ends."""
+    return request.config.stash.setdefault(_rows, [])
+
+
+@pytest.fixture
+def report_memory(table: list[Row]) -> Callable[[str, float], None]:
+    """Add a row for a peak of memory, given as a multiple of inputs and outputs."""
+
+    def report(case: str, share: float) -> None:
+        table.append(
+            Row(
+                case=f"{case}: peak memory",
+                peer="2 x inputs and outputs",
+                ours=f"{share:.2f} x",
+                theirs="2.00 x",
+                ratio=2 / share,
+                floor=1.0,
+            )
+        )
+
+    return report
+
+
+@pytest.fixture
+def race(benchmark, table: list[Row]) -> Callable[..., None]:
+    """Time ours and its peers in turn, in one process, and assert the ratios of the minima."""
+
+    def run(
+        case: str,
+        ours: Callable[[], object],
+        peers: Mapping[str, Callable[[], object]],
+        *,
+        floors: Mapping[str, float],
+        rounds: int = 10,
+        slow_rounds: int | None = None,
+        work: tuple[float, str] | None = None,
+    ) -> None:
+        """Race them.
+
+        Args:
+            case: what is raced, for the table.
+            ours, peers: each does the whole work once.
+            floors: the least ratio against a peer; those of other peers are only reported.
+            rounds: how often each is timed. Before it is timed each runs once untimed, so that none
+                pays for what another left in the caches and the allocator.
+            slow_rounds: for peers that take seconds: timed so often only, and always cold.
+            work: what ours does, and its unit per second, for the table.
+        """
+        times: dict[str, list[float]] = {name: [] for name in peers}
+
+        def run_peers() -> None:
+            for name, peer in peers.items():
+                if slow_rounds is None:
+                    peer()
+                if slow_rounds is None or len(times[name]) < slow_rounds:
+                    times[name].append(_seconds(peer))
+            ours()
+
+        benchmark.pedantic(ours, setup=run_peers, rounds=rounds)
+        if benchmark.stats is None:  # --benchmark-disable: everything ran once, nothing was timed
+            return
+        best = benchmark.stats.stats.min
+        note = "" if work is None else f"{work[0] / best:.0f} {work[1]}"
+        rows = [
+            Row(
+                case=case,
+                peer=name,
+                ours=_milliseconds(best),
+                theirs=_milliseconds(min(taken)),
+                ratio=min(taken) / best,
+                floor=floors.get(name),
+                note=note,
+            )
+            for name, taken in times.items()
+        ]
+        benchmark.extra_info["ratios"] = {row.peer: row.ratio for row in rows}
+        table.extend(rows)
+        low = [
+            f"{row.ratio:.2f} < {row.floor:g} against {row.peer}" for row in rows if not row.passed
+        ]
+        assert not low, f"{case}: {'; '.join(low)}"
+
+    return run
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    rows = config.stash.get(_rows, [])
+    if not rows:
+        return
+    lines = [HEADER, *(row.cells() for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    terminalreporter.section("ratios")
+    terminalreporter.write_line(_machine())
+    for line in lines:
+        cells = [
+            cell.rjust(width) if number in (1, 3, 4, 5) else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        terminalreporter.write_line("  ".join(cells).rstrip())
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    begun = perf_counter()
+    call()
+    return perf_counter() - begun
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f} ms"
+
+
+def _machine() -> str:
+    """What the figures are of: the processor, how busy it was, the versions and the commit."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    describe = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return ", ".join(
+        [
+            names[0] if names else platform.processor() or platform.machine(),
+            f"{torch.get_num_threads()} threads",
+            f"load {os.getloadavg()[0]:.1f}",
+            f"torch {torch.__version__}",
+            f"commit {describe.stdout.strip() or 'unknown'}",
+        ]
+    )

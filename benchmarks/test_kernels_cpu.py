@@ -1,0 +1,235 @@
+"""How much faster are the CPU kernels than what a user would pick today?
+
+    attention, per pair of query and key that is read, a head:  4 D FLOP forward, 10 D backward
+    patch_pool, patch_expand:  every element of their inputs and outputs read or written once
+
+The shapes are those of the local side of the paper's 1B model: 16 heads of 64, 1 slot, d = 1024
+features, patches of 4 tokens, packed streams of 4k to 16k tokens, float32. Before anything is
+timed, results and gradients are held against the peer's. Ours and the peers run in turn, in one
+process; a figure is the least of its rounds. Peers that take seconds run for two rounds.
+
+    pytest benchmarks/test_kernels_cpu.py --benchmark-only
+"""
+
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.functional import embedding_bag, scaled_dot_product_attention
+
+from lst_kernels import KeyRanges, PatchLayout, native, patch_pool, range_attention
+
+pytestmark = pytest.mark.skipif(
+    native.unavailable_reason() is not None, reason=str(native.unavailable_reason())
+)
+
+HEADS, HEAD_DIM, FEATURES = 16, 64, 1024
+
+
+def layout(num_tokens: int) -> PatchLayout:
+    """Static patches of 4 tokens after the <bos>, so that every token has a patch to read."""
+    whole, rest = divmod(num_tokens - 1, 4)
+    return PatchLayout.from_lengths([1, *[4] * whole, rest], [whole + 2])
+
+
+PATTERNS: dict[str, Callable[[], KeyRanges]] = {
+    "encoder, T=4096": lambda: layout(4096).patches_read_tokens(),
+    "sliding window 512, T=8192": lambda: layout(8192).sliding_window(512),
+    "decoder window 512, T=16384": lambda: layout(16384).tokens_read_patches(512),
+    "decoder window all, T=4096": lambda: layout(4096).tokens_read_patches(),
+}
+
+
+def inputs(ranges: KeyRanges) -> tuple[list[Tensor], Tensor]:
+    """q, k, v and the gradient of out."""
+    generator = torch.Generator().manual_seed(0)
+    queries, keys = ranges.num_queries, ranges.num_keys
+    q, k, v, grad = (
+        torch.randn(rows, HEADS, HEAD_DIM, generator=generator)
+        for rows in (queries, keys, keys, queries)
+    )
+    return [q, k, v], grad
+
+
+def heads_first(x: Tensor) -> Tensor:
+    """(rows, H, D) → (1, H, rows, D), the layout that torch's attention is fastest in."""
+    return x.transpose(0, 1).contiguous()[None]
+
+
+def agree(ours: Tensor, theirs: Tensor) -> bool:
+    """Equal but for rounding: within 1e-4 of the largest value."""
+    return bool((ours - theirs).abs().max() <= 1e-4 * theirs.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("pattern", "floor"),
+    [
+        ("encoder, T=4096", 40.0),
+        ("sliding window 512, T=8192", 6.0),
+        ("decoder window 512, T=16384", 3.0),
+        ("decoder window all, T=4096", 0.9),
+    ],
+)
+def test_training_against_dense_mask_sdpa(race, pattern: str, floor: float):
+    ranges = PATTERNS[pattern]()
+    qkv, grad = inputs(ranges)
+    mask = ranges.dense_mask()
+    dense_qkv, dense_grad = [heads_first(x).requires_grad_() for x in qkv], heads_first(grad)
+    qkv = [x.requires_grad_() for x in qkv]
+
+    def ours() -> list[Tensor]:
+        out = range_attention(*qkv, ranges, backend="native")
+        return [out.detach(), *torch.autograd.grad(out, qkv, grad)]
+
+    def dense() -> list[Tensor]:
+        out = scaled_dot_product_attention(*dense_qkv, attn_mask=mask)
+        return [out.detach(), *torch.autograd.grad(out, dense_qkv, dense_grad)]
+
+    for x, y in zip(ours(), dense(), strict=True):
+        assert agree(x, y[0].transpose(0, 1))
+    race(
+        f"{pattern}: forward + backward",
+        ours,
+        {"dense-mask SDPA": dense},
+        floors={"dense-mask SDPA": floor},
+        slow_rounds=2,
+        work=(14e-9 * ranges.num_pairs * HEADS * HEAD_DIM, "GFLOP/s"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("pattern", "floor"),
+    [
+        ("encoder, T=4096", 5.0),
+        ("sliding window 512, T=8192", 0.7),
+        ("decoder window 512, T=16384", 0.7),
+        ("decoder window all, T=4096", 0.7),
+    ],
+)
+def test_forward_against_compiled_flex_attention(race, pattern: str, floor: float):
+    """Compilation and the building of its mask are not counted. It has no backward on the CPU."""
+    ranges = PATTERNS[pattern]()
+    qkv, _ = inputs(ranges)
+    start, stop = ranges.start, ranges.stop
+    mask = create_block_mask(
+        lambda _batch, _head, query, key: (key >= start[query]) & (key < stop[query]),
+        *(None, None, ranges.num_queries, ranges.num_keys),
+        device="cpu",
+    )
+    torch.compiler.reset()
+    compiled = torch.compile(flex_attention)
+    flex_qkv = [heads_first(x) for x in qkv]
+
+    def ours() -> Tensor:
+        return range_attention(*qkv, ranges, backend="native")
+
+    def flex() -> Tensor:
+        return compiled(*flex_qkv, block_mask=mask)
+
+    with torch.no_grad():
+        assert agree(ours(), flex()[0].transpose(0, 1))
+        race(
+            f"{pattern}: forward",
+            ours,
+            {"compiled flex_attention": flex},
+            floors={"compiled flex_attention": floor},
+            work=(4e-9 * ranges.num_pairs * HEADS * HEAD_DIM, "GFLOP/s"),
+        )
+
+
+@pytest.mark.parametrize("reduce", ["mean", "max"])
+def test_pooling_against_torch(race, reduce: str):
+    """Floors: embedding_bag for the mean; for the maximum each of torch's ways."""
+    pooled = layout(4096)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(pooled.num_tokens, FEATURES, generator=generator).requires_grad_()
+    grad = torch.randn(pooled.num_patches, FEATURES, generator=generator)
+    token, offsets = torch.arange(pooled.num_tokens), pooled.cu_patches[:-1].long()
+    owner = pooled.patch_ids.long()[:, None].expand(-1, FEATURES)
+    lengths = torch.diff(pooled.cu_patches).long()
+    name = {"mean": "mean", "max": "amax"}[reduce]
+    forwards: dict[str, Callable[[], Tensor]] = {
+        "embedding_bag": lambda: embedding_bag(token, x, offsets, mode=reduce),
+        "scatter_reduce": lambda: grad.new_zeros(grad.shape).scatter_reduce(
+            0, owner, x, name, include_self=False
+        ),
+        "segment_reduce": lambda: torch.segment_reduce(x, reduce, lengths=lengths, axis=0),
+    }
+
+    def train(forward: Callable[[], Tensor]) -> Callable[[], tuple[Tensor, Tensor]]:
+        def both() -> tuple[Tensor, Tensor]:
+            out = forward()
+            return out.detach(), torch.autograd.grad(out, x, grad)[0]
+
+        return both
+
+    ours = train(lambda: patch_pool(x, pooled, reduce, backend="native"))
+    peers = {name: train(forward) for name, forward in forwards.items()}
+    for peer in peers.values():
+        for a, b in zip(ours(), peer(), strict=True):
+            assert agree(a, b)
+    floors = {"embedding_bag": 1.0} if reduce == "mean" else dict.fromkeys(peers, 4.0)
+    traffic = 2 * (x.nbytes + grad.nbytes)
+    race(
+        f"patch_pool {reduce}, T=4096, d=1024: forward + backward",
+        ours,
+        peers,
+        floors=floors,
+        rounds=20,
+        work=(traffic * 1e-9, "GB/s"),
+    )
+
+
+PEAK = """
+import torch
+from pathlib import Path
+from lst_kernels import PatchLayout, patch_expand, patch_pool, range_attention
+T = 65536
+layout = PatchLayout.from_lengths(torch.full((T // 4,), 4), torch.tensor([T // 4]))
+def resident(kind):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(kind))
+def grown(inputs, grad_of, call):
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is that of the process it came from
+    before = resident("VmRSS")
+    out = call(*inputs)
+    grads = torch.autograd.grad(out, inputs, grad_of)
+    given = sum(x.nbytes for x in (*inputs, grad_of))
+    made = sum(x.nbytes for x in (out, *grads))
+    print((resident("VmHWM") - before + given) / (given + made))
+def tensors(*rows):
+    return [torch.randn(num, 1, 64, requires_grad=True) for num in rows]
+warm = PatchLayout.from_lengths([2, 2], [2])
+range_attention(*tensors(2, 4, 4), warm.patches_read_tokens()).sum().backward()
+"""
+PEAK_CASES = {
+    "encoder": "grown(tensors(T // 4, T, T), torch.randn(T // 4, 1, 64), lambda q, k, v: "
+    "range_attention(q, k, v, layout.patches_read_tokens(), backend='native'))",
+    "sliding window 512": "grown(tensors(T, T, T), torch.randn(T, 1, 64), lambda q, k, v: "
+    "range_attention(q, k, v, layout.sliding_window(512), backend='native'))",
+    "decoder window 512": "grown(tensors(T, T // 4, T // 4), torch.randn(T, 1, 64), "
+    "lambda q, k, v: range_attention(q, k, v, layout.tokens_read_patches(512), backend='native'))",
+    "patch_pool max": "grown(tensors(T), torch.randn(T // 4, 1, 64), "
+    "lambda x: patch_pool(x, layout, 'max', backend='native'))",
+    "patch_expand": "grown(tensors(T // 4), torch.randn(T, 1, 64), "
+    "lambda z: patch_expand(z, layout, 1, backend='native'))",
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+@pytest.mark.parametrize("case", PEAK_CASES)
+def test_peak_memory_is_under_twice_inputs_and_outputs(benchmark, report_memory, case: str):
+    """Forward and backward at T = 65,536 and one head of 64, in a process of its own."""
+    command = [sys.executable, "-c", PEAK + PEAK_CASES[case]]
+
+    def measure() -> float:
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
+        return float(run.stdout)
+
+    share = benchmark.pedantic(measure, rounds=1)
+    report_memory(f"{case}, T=65536, one head", share)
+    assert share < 2
