@@ -194,8 +194,9 @@ def _attend(
     return torch.ops.lst_kernels.range_attention(
         q, k, v,
         ranges.start, ranges.stop, ranges.query_start, ranges.query_stop,
+        ranges.query_order, ranges.key_order,
         q.shape[-1] ** -0.5 if scale is None else scale,
-        ranges.num_pairs, ranges.max_keys, ranges.max_queries, ranges.disjoint,
+        ranges.num_pairs, ranges.max_keys, ranges.max_queries, ranges.disjoint, ranges.slots,
         chosen,
     )  # fmt: skip
 
@@ -277,8 +278,10 @@ def _check_offsets(cu: Tensor, cu_name: str, num_rows: int, max_length: int) -> 
 # --- the operator ---
 
 _RANGES = (
-    "Tensor start, Tensor stop, Tensor query_start, Tensor query_stop, float scale, "
-    "SymInt num_pairs, SymInt max_keys, SymInt max_queries, bool disjoint, str backend"
+    "Tensor start, Tensor stop, Tensor query_start, Tensor query_stop, "
+    "Tensor query_order, Tensor key_order, float scale, "
+    "SymInt num_pairs, SymInt max_keys, SymInt max_queries, bool disjoint, SymInt slots, "
+    "str backend"
 )
 _lib = torch.library.Library("lst_kernels", "FRAGMENT")
 _lib.define(
@@ -324,25 +327,27 @@ def _backward_fake(
 
 
 def _unpack(plan: tuple[Any, ...]) -> tuple[KeyRanges, float, str]:
-    start, stop, query_start, query_stop, scale, pairs, max_keys, max_queries, disjoint, name = plan
+    start, stop, query_start, query_stop, query_order, key_order, scale, *rest, name = plan
+    num_pairs, max_keys, max_queries, disjoint, slots = rest
     ranges = assemble(
         start=start, stop=stop, num_keys=query_start.shape[0],
         query_start=query_start, query_stop=query_stop,
-        num_pairs=pairs, max_keys=max_keys, max_queries=max_queries, disjoint=disjoint,
+        query_order=query_order, key_order=key_order,
+        num_pairs=num_pairs, max_keys=max_keys, max_queries=max_queries, disjoint=disjoint,
+        slots=slots, key_slots=0,
     )  # fmt: skip
     return ranges, scale, name
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, start, stop, query_start, query_stop, *ctx.rest = inputs
-    out, lse = output
-    ctx.save_for_backward(q, k, v, out, lse, start, stop, query_start, query_stop)
-    ctx.mark_non_differentiable(lse)
+    (q, k, v), plan, ctx.rest = inputs[:3], inputs[3:9], inputs[9:]
+    ctx.save_for_backward(q, k, v, *output, *plan)
+    ctx.mark_non_differentiable(output[1])
 
 
 def _differentiate(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     grads = torch.ops.lst_kernels.range_attention_backward(grad, *ctx.saved_tensors, *ctx.rest)
-    return (*grads, *[None] * 10)
+    return (*grads, *[None] * 13)
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -361,7 +366,7 @@ torch.library.register_autograd(
 # backward pass computes again are its own affair: training counts three times the forward pass.
 @register_flop_formula(torch.ops.lst_kernels.range_attention)
 def _forward_flops(q: torch.Size, k: torch.Size, v: torch.Size, *plan: Any, **_: Any) -> int:
-    return 4 * plan[5] * q[1] * q[2]
+    return 4 * plan[7] * q[1] * q[2]
 
 
 @register_flop_formula(torch.ops.lst_kernels.range_attention_backward)
@@ -369,4 +374,4 @@ def _backward_flops(
     grad: torch.Size, q: torch.Size, k: torch.Size, v: torch.Size, out: torch.Size,
     lse: torch.Size, *plan: Any, **_: Any,
 ) -> int:  # fmt: skip
-    return 8 * plan[5] * q[1] * q[2]
+    return 8 * plan[7] * q[1] * q[2]

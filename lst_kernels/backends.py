@@ -201,6 +201,29 @@ def _native_unavailable() -> str | None:
     return native.unavailable_reason()
 
 
+def _triton_refuses(call: Call) -> str | None:
+    if call.device != "cuda" and not (call.device == "cpu" and _interprets()):
+        return f"runs on cuda (ROCm too), not on {call.device}"
+    if call.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"takes float32, bfloat16 and float16, not {_name(call.dtype)}"
+    if call.device == "cpu" and call.dtype == torch.bfloat16:
+        return "computes no bfloat16 in Triton's interpreter"
+    if call.head_dim is not None and call.head_dim > 256:
+        return f"takes head sizes up to 256, not {call.head_dim}"
+    return None
+
+
+def _triton_unavailable() -> str | None:
+    from lst_kernels import triton
+
+    return triton.unavailable_reason()
+
+
+def _interprets() -> bool:
+    """Kernels run in Triton's interpreter, on the CPU, where this was set before Triton came in."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -208,6 +231,7 @@ def _name(dtype: torch.dtype) -> str:
 BACKENDS = (
     Backend("flash", "lst_kernels.flash", _flash_refuses, _flash_unavailable),
     Backend("native", "lst_kernels.native", _native_refuses, _native_unavailable),
+    Backend("triton", "lst_kernels.triton", _triton_refuses, _triton_unavailable),
     Backend("reference", "lst_kernels.reference", lambda call: None, lambda: None),
 )
 _BY_NAME = {b.name: b for b in BACKENDS}

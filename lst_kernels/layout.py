@@ -258,6 +258,7 @@ class PatchLayout:
             KeyRanges(start, stop, self.num_tokens),
             max_keys=min(bound, self.num_tokens),
             disjoint=window == 1,
+            slots=slots if window == 1 else 0,
         )
 
     def tokens_read_patches(self, window: int | None = None, slots: int = 1) -> KeyRanges:

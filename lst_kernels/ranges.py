@@ -25,6 +25,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lst_kernels.schedule import heavy_first, queries_per_range
+
 __all__ = ["KeyRanges", "causal_ranges"]
 
 
@@ -54,6 +56,9 @@ class KeyRanges:
     #: (K,) int32 each, the transpose: key ``j`` is read by queries query_start[j] … query_stop[j]-1
     query_start: Tensor = field(init=False)
     query_stop: Tensor = field(init=False)
+    #: int32 each, the blocks of queries and of keys with most work first (`lst_kernels.schedule`)
+    query_order: Tensor = field(init=False)
+    key_order: Tensor = field(init=False)
     #: scores needed: the sum of ``stop - start``
     num_pairs: int = field(init=False)
     #: the most keys that one query reads, and the most queries that read one key
@@ -61,6 +66,10 @@ class KeyRanges:
     max_queries: int = field(init=False)
     #: True where any two ranges are equal or share no key (False on a device: "not known to be")
     disjoint: bool = field(init=False)
+    #: queries ``i·slots … (i+1)·slots - 1`` have one range for every i, and share no key with the
+    #: other queries; 0 where no number is known to be such. ``key_slots`` is the same of the keys
+    slots: int = field(init=False)
+    key_slots: int = field(init=False)
 
     def __post_init__(self) -> None:
         for name in ("start", "stop"):
@@ -122,10 +131,14 @@ class KeyRanges:
             num_keys=self.num_queries,
             query_start=self.start,
             query_stop=self.stop,
+            query_order=self.key_order,
+            key_order=self.query_order,
             num_pairs=self.num_pairs,
             max_keys=self.max_queries,
             max_queries=self.max_keys,
             disjoint=self.disjoint,
+            slots=self.key_slots,
+            key_slots=self.slots,
         )
 
     def select_queries(self, index: Tensor) -> "KeyRanges":
@@ -187,7 +200,9 @@ def causal_ranges(
     return tighten(ranges, max_keys=max_length if window is None else min(window, max_length))
 
 
-def tighten(ranges: KeyRanges, *, max_keys: int, disjoint: bool = False) -> KeyRanges:
+def tighten(
+    ranges: KeyRanges, *, max_keys: int, disjoint: bool = False, slots: int = 0
+) -> KeyRanges:
     """Give ranges made on a device the bounds their maker knows; exact ones stay as they are."""
     if _is_host(ranges.start):
         return ranges
@@ -195,6 +210,7 @@ def tighten(ranges: KeyRanges, *, max_keys: int, disjoint: bool = False) -> KeyR
         "num_pairs": ranges.num_queries * max_keys,
         "max_keys": max_keys,
         "disjoint": disjoint,
+        "slots": slots,
     }
     return assemble(**vars(ranges) | bounds)
 
@@ -205,13 +221,20 @@ def _plan(start: Tensor, stop: Tensor, num_keys: int) -> dict[str, Tensor | int 
     keys = torch.arange(num_keys, dtype=torch.int32, device=start.device)
     query_start = torch.searchsorted(stop, keys, right=True, out_int32=True)
     query_stop = torch.searchsorted(start, keys, right=True, out_int32=True)
-    plan: dict[str, Tensor | int | bool] = {"query_start": query_start, "query_stop": query_stop}
+    plan: dict[str, Tensor | int | bool] = {
+        "query_start": query_start,
+        "query_stop": query_stop,
+        "query_order": heavy_first(start, stop),
+        "key_order": heavy_first(query_start, query_stop),
+    }
     if not _is_host(start):
         return plan | {
             "num_pairs": len(start) * num_keys,
             "max_keys": num_keys,
             "max_queries": len(start),
             "disjoint": False,
+            "slots": 0,
+            "key_slots": 0,
         }
     lengths = stop - start
     same = (start[1:] == start[:-1]) & (stop[1:] == stop[:-1])
@@ -220,6 +243,8 @@ def _plan(start: Tensor, stop: Tensor, num_keys: int) -> dict[str, Tensor | int 
         "max_keys": int(lengths.max()) if len(lengths) else 0,
         "max_queries": int((query_stop - query_start).max()) if num_keys else 0,
         "disjoint": bool((same | (start[1:] >= stop[:-1])).all()),
+        "slots": queries_per_range(start, stop),
+        "key_slots": queries_per_range(query_start, query_stop),
     }
 
 

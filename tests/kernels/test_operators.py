@@ -27,8 +27,9 @@ RANGES = LAYOUT.tokens_read_patches(2, slots=2)
 def plan(ranges, name):
     return (
         *(ranges.start, ranges.stop, ranges.query_start, ranges.query_stop),
+        *(ranges.query_order, ranges.key_order),
         0.3,
-        *(ranges.num_pairs, ranges.max_keys, ranges.max_queries, ranges.disjoint),
+        *(ranges.num_pairs, ranges.max_keys, ranges.max_queries, ranges.disjoint, ranges.slots),
         name,
     )
 
