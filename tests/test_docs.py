@@ -1,0 +1,92 @@
+"""What the documents say is true: their code runs, their links lead somewhere, their pictures are
+what the objects look like."""
+
+import doctest
+import importlib
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+import lst_kernels
+from lst_kernels.backends import BACKENDS
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+GALLERY = DOCS / "kernels.md"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+SOURCES = sorted((ROOT / "lst_kernels").rglob("*.py"))
+WITH_EXAMPLES = [path for path in SOURCES if ">>> " in path.read_text()]
+
+
+def code_blocks():
+    blocks = []
+    for page in PAGES:
+        for block in re.finditer(r"^```python\n(.*?)^```$", page.read_text(), re.M | re.S):
+            line = block.string.count("\n", 0, block.start(1))
+            name = f"{page.relative_to(ROOT)}:{line + 1}"
+            blocks.append(pytest.param(page, line, block[1], id=name))
+    return blocks
+
+
+def without_code(page):
+    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+
+
+def drawings():
+    spec = importlib.util.spec_from_file_location("draw_pictures", DOCS / "draw_pictures.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.PICTURES
+
+
+@pytest.mark.parametrize(("page", "line", "code"), code_blocks())
+def test_code_of_a_page_runs_on_its_own(page, line, code):
+    # the empty lines make a traceback show the line of the page
+    exec(compile("\n" * line + code, str(page), "exec"), {"__name__": "__main__"})
+
+
+def test_the_pages_have_code():
+    assert len(code_blocks()) >= 15
+
+
+@pytest.mark.parametrize("path", WITH_EXAMPLES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_examples_in_docstrings_give_what_they_show(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    name = ".".join(part for part in parts if part != "__init__")
+    results = doctest.testmod(importlib.import_module(name))
+    assert results.attempted
+    assert not results.failed
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_pictures_of_a_page_exist(page):
+    text = without_code(page)
+    headings = re.findall(r"^#+ (.*)$", text, re.M)
+    anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    missing = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith("#"):
+            missing += [target] if target[1:] not in anchors else []
+        elif not re.match(r"\w+:", target) and not (page.parent / target.split("#")[0]).exists():
+            missing.append(target)
+    assert missing == []
+
+
+@pytest.mark.parametrize("name", drawings())
+def test_a_picture_is_what_the_script_draws(name):
+    committed = (DOCS / "pictures" / f"{name}.svg").read_text()
+    assert committed == drawings()[name](), "run python docs/draw_pictures.py and look at it"
+
+
+def test_every_picture_is_drawn_and_shown():
+    files = {path.name for path in (DOCS / "pictures").iterdir()}
+    assert files == {f"{name}.svg" for name in drawings()}
+    assert files == set(re.findall(r"\]\(pictures/([^)]+)\)", GALLERY.read_text()))
+
+
+def test_the_gallery_names_every_public_name_and_describes_every_backend():
+    text = GALLERY.read_text()
+    assert [name for name in lst_kernels.__all__ if not re.search(rf"`.*\b{name}\b.*`", text)] == []
+    assert [b.name for b in BACKENDS if f"\n| `{b.name}` |" not in text] == []
