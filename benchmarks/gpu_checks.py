@@ -1,0 +1,275 @@
+"""Whether the ops are right on this GPU, before `benchmarks.gpu` measures one of them."""
+
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import torch
+from torch import Tensor
+
+import lst_kernels
+from benchmarks.gpu_measure import Report, one_line
+from benchmarks.shapes import (
+    FEATURES,
+    LAYOUTS,
+    LOCAL_HEADS,
+    SLOTS,
+    Case,
+    attention_inputs,
+    causal_cases,
+    decoder_cases,
+    dense_attention,
+    encoder_cases,
+    excess_error,
+    static_layout,
+)
+from lst_kernels import KeyRanges, PatchLayout, flash, patch_expand, patch_pool, range_attention
+
+__all__ = [
+    "BACKEND", "ROOT", "Function", "check_attention", "check_beyond_int32", "check_pooling",
+    "difference", "feature_rows", "flash_call", "run_suite",
+]  # fmt: skip
+
+ROOT = Path(__file__).resolve().parent.parent
+BACKEND = "triton"
+
+Function = Callable[..., Tensor]
+
+
+def check_function(
+    report: Report, op: str, case: str, ours: Function, oracle: Function,
+    inputs: list[Tensor], grad: Tensor, *, repeats: bool = True,
+) -> None:  # fmt: skip
+    """Outputs and gradients of ``ours`` against ``oracle`` in float64 and in the inputs' dtype;
+    then once more without a question to the device, for the same bits (with ``repeats``)."""
+    try:
+        dtype = grad.dtype
+        first = _with_gradients(ours, inputs, grad, dtype)
+        eager = _with_gradients(oracle, inputs, grad, dtype)
+        exact = _with_gradients(oracle, inputs, grad, torch.float64)
+        eps = torch.finfo(dtype).eps
+        # dq, dk and dv share one scale: where dq cancels, the rounding of what cancels remains
+        excess = max(
+            excess_error(first[0], eager[0], exact[0], eps),
+            excess_error(_flat(first[1:]), _flat(eager[1:]), _flat(exact[1:]), eps),
+        )
+        outcome = "passed" if excess <= 1 else f"error is {excess:.3g} times what is allowed"
+        again = _without_questions(lambda: _with_gradients(ours, inputs, grad, dtype))
+        same = all(map(torch.equal, first, again))
+        if outcome == "passed" and repeats and not same:
+            outcome = "a second run gives other bits"
+        report.check(op, case, outcome, excess=excess, same_bits=same)
+    except Exception as error:
+        report.check(op, case, one_line(error))
+
+
+def _with_gradients(
+    function: Function, inputs: list[Tensor], grad: Tensor, dtype: torch.dtype
+) -> list[Tensor]:
+    leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))]
+
+
+def _flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([x.flatten() for x in tensors])
+
+
+def _without_questions(call: Callable[[], list[Tensor]]) -> list[Tensor]:
+    """An op that waits for the device raises."""
+    if not torch.cuda.is_available():
+        return call()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        return call()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def check_attention(report: Report, num_tokens: int, device: torch.device) -> None:
+    for cases in (encoder_cases, decoder_cases, causal_cases):
+        for case in cases(num_tokens, device):
+            qkv, grad = attention_inputs(case.ranges, case.heads, torch.bfloat16)
+
+            def oracle(q: Tensor, k: Tensor, v: Tensor, case: Case = case) -> Tensor:
+                return dense_attention(q, k, v, case.ranges)
+
+            def ours(q: Tensor, k: Tensor, v: Tensor, case: Case = case) -> Tensor:
+                return range_attention(q, k, v, case.ranges, backend=BACKEND)
+
+            check_function(report, case.op, case.name, ours, oracle, qkv, grad)
+            if case.cu is not None and flash.unavailable_reason() is None:
+                call = flash_call(case)
+                check_function(
+                    report, "flash", case.name, call, oracle, qkv, grad, repeats=False
+                )  # its backward pass is deterministic only on request
+
+
+def flash_call(case: Case) -> Function:
+    cu = case.cu
+    assert cu is not None, f"{case.name} is not causal"
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        options: dict[str, Any] = {"max_length": case.max_length, "backend": "flash"}
+        if case.window is None:
+            return lst_kernels.block_causal_attention(q, k, v, cu, **options)
+        return lst_kernels.sliding_window_attention(q, k, v, cu, window=case.window, **options)
+
+    return call
+
+
+def check_pooling(report: Report, num_tokens: int, device: torch.device) -> None:
+    for name, make in LAYOUTS.items():
+        layout = make(num_tokens).to(device)
+        x, grad = (
+            feature_rows(layout.num_tokens, device, 0),
+            feature_rows(layout.num_patches, device, 1),
+        )
+        for reduce in ("max", "mean"):
+
+            def ours(x: Tensor, layout: PatchLayout = layout, how: Any = reduce) -> Tensor:
+                return patch_pool(x, layout, how, backend=BACKEND)
+
+            def oracle(x: Tensor, layout: PatchLayout = layout, how: Any = reduce) -> Tensor:
+                return patch_pool(x, layout, how, backend="reference")
+
+            check_function(
+                report, "patch_pool", f"patch_pool {reduce}, {name}", ours, oracle, [x], grad
+            )
+        for shift in (0, 1):
+
+            def expand(z: Tensor, layout: PatchLayout = layout, by: Any = shift) -> Tensor:
+                return patch_expand(z, layout, by, backend=BACKEND)
+
+            def gather(z: Tensor, layout: PatchLayout = layout, by: Any = shift) -> Tensor:
+                return patch_expand(z, layout, by, backend="reference")
+
+            check_function(
+                report, "patch_expand", f"patch_expand shift {shift}, {name}", expand, gather,
+                [grad], x,
+            )  # fmt: skip
+
+
+def check_beyond_int32(report: Report, num_tokens: int, device: torch.device) -> None:
+    """More elements than an int32 counts: the last document gives what it gives on its own."""
+    free, _ = torch.cuda.mem_get_info(device)
+    if free < 60e9:
+        report.skip("more than 2³¹ elements", f"{free / 1e9:.0f} GB of memory are free, not 60")
+        return
+    documents = num_tokens // 16_384
+    whole, alone = static_layout(num_tokens, documents), static_layout(16_384, 1)
+    patterns: dict[str, Callable[[PatchLayout], KeyRanges]] = {
+        "encoder": lambda layout: layout.patches_read_tokens(slots=SLOTS),
+        "decoder": lambda layout: layout.tokens_read_patches(64, slots=SLOTS),
+        "causal": lambda layout: layout.sliding_window(64),
+    }
+    for op, pattern in patterns.items():
+        ranges, last = pattern(whole).to(device), pattern(alone).to(device)
+        qkv, grad = attention_inputs(ranges, LOCAL_HEADS, torch.bfloat16)
+        check_tail(
+            report, op, qkv, grad,
+            lambda *qkv, ranges=ranges: range_attention(*qkv, ranges, backend=BACKEND),
+            lambda *qkv, last=last: range_attention(*qkv, last, backend=BACKEND),
+            [last.num_queries, last.num_keys, last.num_keys, last.num_queries],
+        )  # fmt: skip
+        del qkv, grad
+    whole, alone = whole.to(device), alone.to(device)
+    x, z = feature_rows(whole.num_tokens, device, 0), feature_rows(whole.num_patches, device, 1)
+    check_tail(
+        report, "patch_pool", [x], z,
+        lambda x: patch_pool(x, whole, "max", backend=BACKEND),
+        lambda x: patch_pool(x, alone, "max", backend=BACKEND),
+        [alone.num_tokens, alone.num_patches],
+    )  # fmt: skip
+    check_tail(
+        report, "patch_expand", [z], x,
+        lambda z: patch_expand(z, whole, backend=BACKEND),
+        lambda z: patch_expand(z, alone, backend=BACKEND),
+        [alone.num_patches, alone.num_tokens],
+    )  # fmt: skip
+
+
+def check_tail(
+    report: Report, op: str, inputs: list[Tensor], grad: Tensor,
+    whole: Function, alone: Function, rows: list[int],
+) -> None:  # fmt: skip
+    """``rows``: how many of each input's rows, and of ``grad``'s, are the last document's."""
+    case = f"{max(x.numel() for x in (*inputs, grad)):.3g} elements"
+    try:
+        tails = [x[len(x) - n :] for x, n in zip((*inputs, grad), rows, strict=True)]
+        everything = _with_gradients(whole, inputs, grad, grad.dtype)
+        own = _with_gradients(alone, tails[:-1], tails[-1], grad.dtype)
+        worst = max(
+            difference(x[len(x) - len(y) :], y) for x, y in zip(everything, own, strict=True)
+        )
+        outcome = "passed" if worst <= 1e-2 else f"the last document differs by {worst:.2g}"
+        report.check(op, case, outcome, difference=worst)
+    except Exception as error:
+        report.check(op, case, one_line(error))
+
+
+def difference(x: Tensor, y: Tensor) -> float:
+    """Norm of x - y over that of y; infinite where x has no number."""
+    x, y = x.detach().float(), y.detach().float()
+    error = float((x - y).norm() / y.norm().clamp(min=1e-30))
+    return error if error == error else float("inf")
+
+
+def feature_rows(number: int, device: torch.device, seed: int) -> Tensor:
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(number, FEATURES, generator=generator, device=device, dtype=torch.bfloat16)
+
+
+def run_suite(report: Report, seconds: float) -> None:
+    """The library's own tests on this GPU. What fails there fails the ops that its name tells."""
+    results = report.path.with_suffix(".tests.xml")
+    results.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", "tests/kernels", "-m", "gpu", "-q"]
+    command += ["-p", "no:cacheprovider", f"--junitxml={results}"]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", "8"]
+    for needed in ("hypothesis", "pytest_timeout"):
+        if importlib.util.find_spec(needed) is None:
+            report.skip("pytest tests/kernels -m gpu", f"{needed} is not installed")
+            return
+    try:
+        run = subprocess.run(
+            command, cwd=ROOT, timeout=seconds, capture_output=True, text=True, check=False
+        )
+    except subprocess.TimeoutExpired:
+        report.skip("pytest tests/kernels -m gpu", f"it took more than {seconds:.0f} s")
+        return
+    said = run.stdout.strip().splitlines()
+    print("   " + (said[-1] if said else f"exit status {run.returncode}"), flush=True)
+    if run.returncode not in (0, 1) or not results.exists():
+        tail = " | ".join((said + run.stderr.strip().splitlines())[-3:])
+        report.skip("pytest tests/kernels -m gpu", f"exit status {run.returncode}: {tail}")
+        return
+    record_suite(report, results)
+
+
+OPS = ("encoder", "decoder", "causal", "flash", "patch_pool", "patch_expand")
+TESTED = {"sliding": ("causal",), "causal": ("causal",), "pool": ("patch_pool",)}
+TESTED |= {"expand": ("patch_expand",), "encoder": ("encoder",), "decoder": ("decoder",)}
+
+
+def record_suite(report: Report, results: Path) -> None:
+    """One check for each test that failed, under every op of its name (all, where it names none);
+    one that passed for all the others."""
+    cases = list(ElementTree.parse(results).iter("testcase"))
+    failed = [case for case in cases if case.find("failure") is not None]
+    failed += [case for case in cases if case.find("error") is not None]
+    for case in failed:
+        name = case.get("name", "")
+        ops = {op for word, ops in TESTED.items() if word in name for op in ops} or set(OPS)
+        for op in {"flash"} if "flash" in name else ops:
+            report.check(op, f"tests/kernels: {name}", "failed")
+    ran = len(cases) - len(failed) - sum(case.find("skipped") is not None for case in cases)
+    report.check(
+        "suite", "pytest tests/kernels -m gpu", "passed" if ran else "ran no test", ran=ran
+    )

@@ -1,0 +1,262 @@
+"""The GPU benchmark gives no figure that its checks do not bear out, and keeps what it has.
+
+On the CPU, with the reference in the kernels' place and a timer that counts: what is tested is
+everything but the figures.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+TOKENS = 96
+
+
+class Counting:
+    """A timer for which every call takes one millisecond."""
+
+    def race(self, runs):
+        from benchmarks.gpu_measure import Timing
+
+        for run in runs.values():
+            run(0)
+            run(1)
+        return {name: Timing(1.0, 1.0, 1.0, 2) for name in runs}
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """`benchmarks.gpu`, whose kernels are the reference."""
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks import gpu, gpu_checks
+
+    for module in (gpu, gpu_checks):
+        monkeypatch.setattr(module, "BACKEND", "reference")
+    return gpu
+
+
+@pytest.fixture
+def report(gpu, tmp_path):
+    return gpu.Report(tmp_path / "out" / "a.json", {"device": "none"}, minutes=8.0)
+
+
+def pass_checks(report, *ops):
+    for op in ops:
+        report.check(op, "by hand", "passed")
+
+
+def named(entries, **facts):
+    return [e for e in entries if all(e.get(key) == value for key, value in facts.items())]
+
+
+def test_the_reference_passes_every_check(gpu, report):
+    gpu.check_attention(report, TOKENS, CPU)
+    gpu.check_pooling(report, TOKENS, CPU)
+    assert {check["op"] for check in report.checks} == {
+        *("encoder", "decoder", "causal", "patch_pool", "patch_expand")
+    }
+    assert len(report.checks) == 4 + 4 + 2 + 4 + 4
+    assert not [check for check in report.checks if check["outcome"] != "passed"]
+
+
+@pytest.mark.parametrize("harm", ["value", "gradient", "nan", "bits", "raises"])
+def test_an_op_that_is_wrong_somewhere_fails_its_check(gpu, report, harm):
+    from benchmarks.gpu_checks import check_function
+
+    calls = []
+
+    def square(x):
+        return x.square()
+
+    def wrong(x):
+        calls.append(x)
+        if harm == "raises":
+            raise RuntimeError("no kernel\nat all")
+        out = x.square()
+        error = torch.zeros_like(out)
+        error[3] = {"value": 0.5, "nan": torch.nan}.get(harm, 0.0)
+        if harm == "gradient":
+            error = error + 0.1 * (x - x.detach())
+        if harm == "bits" and len(calls) > 1:
+            error = error + 2e-3
+        return out + error
+
+    x, grad = (torch.randn(8, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    x, grad = x.bfloat16(), grad.bfloat16()
+    check_function(report, "square", "right", square, square, [x], grad)
+    assert report.failed_check("square") is None
+    check_function(report, "square", "wrong", wrong, square, [x], grad)
+    assert report.failed_check("square").startswith("its check failed: wrong: ")
+    if harm == "raises":
+        assert report.checks[-1]["outcome"] == "RuntimeError: no kernel"
+
+
+def test_the_last_document_of_many_elements_is_held_against_itself_alone(gpu, report):
+    from benchmarks.gpu_checks import check_tail
+
+    x, grad = torch.randn(100, 4), torch.randn(100, 4)
+    check_tail(report, "op", [x], grad, torch.sin, torch.sin, [10, 10])
+    wrapped = lambda x: torch.cat((x[:95].sin(), x[:5].sin()))  # noqa: E731  offsets that wrap
+    check_tail(report, "op", [x], grad, wrapped, torch.sin, [10, 10])
+    assert [check["outcome"] == "passed" for check in report.checks] == [True, False]
+    assert "400 elements" in report.checks[0]["case"]
+
+
+def test_an_op_without_a_passed_check_gets_no_figure(gpu, report):
+    gpu.measure_encoder(report, Counting(), TOKENS, CPU, 1e6)
+    assert not report.figures
+    assert "it was not checked" in report.not_measured[0]["reason"]
+    pass_checks(report, "encoder")
+    report.check("encoder", "twice", "a second run gives other bits")
+    gpu.measure_encoder(report, Counting(), TOKENS, CPU, 1e6)
+    assert not report.figures
+    assert not report.targets
+    assert "its check failed: twice" in report.not_measured[-1]["reason"]
+
+
+def test_memory_bound_figures_count_every_byte_once(gpu, report):
+    pass_checks(report, "encoder", "patch_pool", "patch_expand")
+    gpu.measure_encoder(report, Counting(), TOKENS, CPU, 1e6)
+    gpu.measure_pooling(report, Counting(), TOKENS, CPU, 1e6)
+    case = "encoder, static 4, slots 2"
+    patches = 4 * (1 + 5 + 1)  # of each document 1, five of 4, 3 tokens
+    row, queries = 16 * 64 * 2, 2 * patches
+    forward = queries * (2 * row + 4 * 16 + 8) + TOKENS * 2 * row
+    backward = forward + queries * 2 * row + TOKENS * 2 * row
+    for what, size in (("forward", forward), ("backward", backward)):
+        (figure,) = named(report.figures, name="lst_kernels", case=case, what=what)
+        assert figure["bytes"] == size
+        assert figure["share_of_copy"] == pytest.approx(size / 1e6)
+        assert figure["shape"]["queries"] == queries
+        (target,) = named(report.targets, case=case, target=f"encoder {what}: share of copy")
+        assert target["met"] == (target["got"] >= 0.75)
+    (figure,) = named(
+        report.figures, name="lst_kernels", case="patch_pool max, static 4", what="forward"
+    )
+    assert figure["bytes"] == (TOKENS + patches) * 2048 + patches * 1024 * 4 + 4 * (patches + 1)
+    for peer in ("scatter_reduce", "segment_reduce", "embedding_bag", "index_add"):
+        told = named(report.figures, name=peer) or [
+            each for each in report.not_measured if each["what"].endswith(peer)
+        ]
+        assert told, peer
+    assert any("varlen_attn" in each["what"] for each in report.not_measured)  # no CPU kernel
+
+
+def test_decoder_and_encoder_are_raced_against_flex_under_the_same_mask(gpu, report, monkeypatch):
+    from torch.nn.attention import flex_attention as flex
+
+    def attend(q, k, v, block_mask):  # the real one has no backward pass on the CPU
+        mask = flex.create_mask(block_mask.mask_mod, None, None, *block_mask.seq_lengths, "cpu")
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    monkeypatch.setattr(flex, "flex_attention", attend)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    pass_checks(report, "encoder", "decoder")
+    gpu.measure_flex(report, Counting(), TOKENS, CPU, 0)
+    peers = {"flex_attention, compiled", "flex_attention and its mask, compiled", "dense-mask SDPA"}
+    (expected,) = named(report.figures, name="lst_kernels", case="decoder, window all, static 4")
+    measured = {f["name"] for f in named(report.figures, case="decoder, window all, static 4")}
+    assert measured == {"lst_kernels", *peers}, report.not_measured
+    assert expected["tflops"] == 12 * expected["shape"]["pairs"] * 1024 / 1e9
+    floors = {t["target"]: t["at_least"] for t in report.targets if "decoder" in t["case"]}
+    assert sorted(floors.values()) == [1.0, 2.0]
+
+
+def test_a_short_run_leaves_flex_out_and_says_so(gpu, report):
+    report.minutes = 2.0
+    gpu.measure_flex(report, Counting(), TOKENS, CPU, 100.0)
+    assert not report.figures
+    assert len(report.not_measured) == 6
+
+
+def test_a_peer_with_another_result_is_no_peer(gpu, report):
+    x = torch.randn(64)
+    pass_checks(report, "op")
+    peers = {
+        "right": lambda: gpu.Peer(lambda _: x.clone()),
+        "wrong": lambda: gpu.Peer(lambda _: x + 1),
+        "absent": lambda: pytest.importorskip("no_such_module_at_all").Peer,
+    }
+    peers["absent"] = lambda: (_ for _ in ()).throw(ImportError("no such package"))
+    facts = {"op": "op", "case": "c"}
+    gpu.compare(report, Counting(), {"lst_kernels": lambda _: x}, peers, facts, "forward")
+    assert {figure["name"] for figure in report.figures} == {"lst_kernels", "right"}
+    reasons = {each["what"]: each["reason"] for each in report.not_measured}
+    assert "differs from ours" in reasons["c, forward: wrong"]
+    assert reasons["c, forward: absent"] == "ImportError: no such package"
+
+
+def test_what_was_measured_is_kept_when_the_run_is_cut_short(gpu, report):
+    with report.part("first"):
+        report.figure("copy", None, gigabytes_per_second=1.0)
+    with report.part("broken"):
+        raise ValueError("of this part alone")
+
+    def cut_short():
+        with report.part("cut short"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cut_short()
+    kept = json.loads(report.path.read_text())
+    assert kept["machine"] == {"device": "none"}
+    assert kept["figures"] == [{"name": "copy", "gigabytes_per_second": 1.0}]
+    outcomes = {part["part"]: part["outcome"] for part in kept["parts"]}
+    assert outcomes["broken"] == "ValueError: of this part alone"
+    assert outcomes["cut short"] == "interrupted"
+
+
+def test_tests_that_fail_fail_the_ops_of_their_names(gpu, report, tmp_path):
+    from benchmarks.gpu_checks import record_suite
+
+    results = tmp_path / "results.xml"
+    results.write_text(
+        "<testsuites><testsuite>"
+        '<testcase name="test_a[encoder-triton]"><failure/></testcase>'
+        '<testcase name="test_b[sliding-flash]"><error/></testcase>'
+        '<testcase name="test_c"><skipped/></testcase><testcase name="test_d"/>'
+        "</testsuite></testsuites>"
+    )
+    pass_checks(report, "encoder", "decoder", "causal", "flash")
+    record_suite(report, results)
+    failed = {op for op in ("encoder", "decoder", "causal", "flash") if report.failed_check(op)}
+    assert failed == {"encoder", "flash"}
+    results.write_text('<testsuite><testcase name="test_e"><failure/></testcase></testsuite>')
+    record_suite(report, results)
+    assert report.failed_check("decoder")
+
+
+def test_the_plan_is_set_beside_the_modules_that_read_it(gpu, report, monkeypatch):
+    from lst.model import config
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    small = config.StackConfig(layers=1, dim=32, heads=2)
+    monkeypatch.setattr(config, "_paper_local", lambda layers: small)
+    gpu.measure_plan(report, Counting(), TOKENS, CPU)
+    (target,) = report.targets
+    share = named(report.figures, name="layout and ranges, share of encoder and decoder")[0]
+    assert target["got"] == pytest.approx(0.01 / share["share"])
+
+
+def test_the_table_says_what_is_met_and_what_is_not(gpu, report):
+    report.target("share of copy", 0.8, 0.75, "encoder")
+    report.target("share of copy", 0.7, 0.75, "pooling")
+    report.check("encoder", "a", "passed")
+    report.skip("varlen_attn", "refuses")
+    table = report.table()
+    assert re.search(r"encoder +0\.8 +0\.75 +met$", table, re.M)
+    assert re.search(r"pooling +0\.7 +0\.75 +NOT MET$", table, re.M)
+    assert "1 checks passed, 0 did not" in table
+    assert "not measured: varlen_attn: refuses" in table
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would run")
+def test_without_a_gpu_the_command_says_so(gpu, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="this measures a GPU, and torch sees none"):
+        gpu.main()
