@@ -218,19 +218,38 @@ struct Pooling {
 
   // Each row of x takes the value where it won. Comparing instead of scattering writes every element
   // once and stays inside the patch whatever the index holds.
-  static void award(const Pool& p, const PoolItem& item) {
-    const Place at = place(p, item);
-    T* row = at.x;
+  template <int kVectors>
+  static LST_INLINE void award_run(const Place& at, int64_t feature) {
+    V value[kVectors];
+    I winner[kVectors];
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; ++i) {
+      value[i] = load_row<C>(at.y + feature + i * kLanes<C>);
+      winner[i] = load_index(at.index + feature + i * kLanes<C>, C());
+    }
+    T* row = at.x + feature;
     for (int64_t token = at.start; token < at.stop; ++token, row += at.stride) {
       const I here = static_cast<typename Simd<C>::Integer>(token) - I{};
-      int64_t j = 0;
-      for (; j + kLanes<C> <= item.width; j += kLanes<C>) {
-        const I won = load_index(at.index + j, C()) == here;
-        store_row(row + j, won ? load_row<C>(at.y + j) : V{});
+#pragma GCC unroll 8
+      for (int i = 0; i < kVectors; ++i) {
+        store_row(row + i * kLanes<C>, winner[i] == here ? value[i] : V{});
       }
-      for (; j < item.width; ++j) {
+    }
+  }
+
+  static void award(const Pool& p, const PoolItem& item) {
+    const Place at = place(p, item);
+    constexpr int kVectors = kRun / 2;  // a value and an index each
+    int64_t j = 0;
+    for (; j + kVectors * kLanes<C> <= item.width; j += kVectors * kLanes<C>) {
+      award_run<kVectors>(at, j);
+    }
+    for (; j + kLanes<C> <= item.width; j += kLanes<C>) award_run<1>(at, j);
+    for (; j < item.width; ++j) {
+      T* element = at.x + j;
+      for (int64_t token = at.start; token < at.stop; ++token, element += at.stride) {
         const V value = at.index[j] == token ? load_part<C>(at.y + j, 1) : V{};
-        store_part<C>(row + j, value, 1);
+        store_part<C>(element, value, 1);
       }
     }
   }
