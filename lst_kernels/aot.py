@@ -95,16 +95,16 @@ def configurations() -> Iterator[Configuration]:
             yield Configuration(family, bf16, size, heads=(16, 4))
         for size in (64, 128, 256):
             yield Configuration(family, fp32, size)
-    for family in ("patch_forward", "patch_backward"):
+    for owned in ("patch_forward", "patch_backward"):
         for slots in (1, 2, 4, 8, 32):
-            yield Configuration(family, bf16, 64, slots=slots)
+            yield Configuration(owned, bf16, 64, slots=slots)
         for size in (16, 80, 128, 256):
-            yield Configuration(family, bf16, size, slots=2)
-        yield Configuration(family, bf16, 64, heads=(16, 4), slots=2)
-        yield Configuration(family, fp32, 64, slots=2)
-    for family in POOLING:
+            yield Configuration(owned, bf16, size, slots=2)
+        yield Configuration(owned, bf16, 64, heads=(16, 4), slots=2)
+        yield Configuration(owned, fp32, 64, slots=2)
+    for pooled in POOLING:
         for dtype in (bf16, fp32):
-            yield Configuration(family, dtype, 1024)
+            yield Configuration(pooled, dtype, 1024)
 
 
 def launch(configuration: Configuration, architecture: str) -> Launch:
@@ -154,7 +154,7 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Any:
             if counted and value % 16 == 0:
                 attributes[i,] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    options = dict(num_warps=launch.num_warps, num_stages=launch.num_stages)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     return triton.compile(source, target=target, options=options)
 
 
@@ -185,9 +185,9 @@ def faults(configuration: Configuration, compiled: Compiled, target_name: str) -
         found.append(f"spills {compiled.spilled} bytes")
     if compiled.shared > target.max_shared:
         found.append(f"needs more than {target.max_shared} bytes of shared memory")
-    if _wants_tensor_core(configuration, target_name):
-        if target.tensor_core not in compiled.instructions:
-            found.append(f"has no {target.tensor_core}")
+    wanted = target.tensor_core if _wants_tensor_core(configuration, target_name) else None
+    if wanted is not None and wanted not in compiled.instructions:
+        found.append(f"has no {wanted}")
     return found
 
 
@@ -262,8 +262,11 @@ POOLING = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m lst_kernels.aot", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m lst_kernels.aot",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--target", choices=TARGETS, default="sm_90", help="GPU architecture")
     parser.add_argument("--family", help="only configurations whose family starts with this")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time")

@@ -19,8 +19,6 @@ programs to run are then short ones, and no multiprocessor ends the kernel alone
 Everything here is vectorised and asks a device nothing.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -52,15 +50,18 @@ def queries_per_range(start: Tensor, stop: Tensor) -> int:
         start, stop: (Q,) int32 on the CPU, the range of each query; neither decreases.
 
     Returns:
-        S such that queries ``i·S … i·S + S - 1`` have one range for every i and ranges of different
-        i are disjoint (a patch encoder with S slots); the largest such S. 0 where there is none.
+        S such that queries ``i·S … (i+1)·S - 1`` have one range for every i, and share no key with
+        other queries (a patch encoder with S slots). 0 where there is no such number.
     """
-    if start.shape[0] == 0:
-        return 1
+    num_queries = start.shape[0]
     differs = (start[1:] != start[:-1]) | (stop[1:] != stop[:-1])
-    firsts = torch.cat((differs.new_ones(1), differs)).nonzero().flatten()
+    firsts = torch.cat((differs.new_ones(min(num_queries, 1)), differs)).nonzero().flatten()
     if (start[firsts[1:]] < stop[firsts[:-1]]).any():
         return 0
-    # Empty ranges that follow each other may be of different groups that merely look the same.
-    runs = torch.diff(firsts, append=firsts.new_tensor([start.shape[0]]))
-    return math.gcd(*runs.unique().tolist())
+    runs = torch.diff(firsts, append=firsts.new_tensor([num_queries]))
+    shared = runs[start[firsts] < stop[firsts]]
+    if len(shared) == 0:
+        return 1  # nobody reads anything
+    slots = int(shared[0])
+    # Empty ranges that follow each other are one run, even of several groups.
+    return slots if (shared == slots).all() and (runs % slots == 0).all() else 0

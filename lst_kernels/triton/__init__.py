@@ -68,9 +68,7 @@ def range_attention_backward(
 
     grad, q, k, v, out = rows(grad), rows(q), rows(k), rows(v), out.contiguous()
     if scale < 0:
-        grad_q, grad_k, grad_v = range_attention_backward(
-            grad, -q, k, v, out, lse, ranges, -scale
-        )
+        grad_q, grad_k, grad_v = range_attention_backward(grad, -q, k, v, out, lse, ranges, -scale)
         return -grad_q, grad_k, grad_v
     arch = architecture(q.device)
     with torch.cuda.device_of(q):
@@ -142,4 +140,3 @@ def patch_expand_backward(grad: Tensor, ids: Tensor, start: Tensor, stop: Tensor
 def _patch_owned(q: Tensor, k: Tensor, ranges: KeyRanges) -> bool:
     num_rows = ranges.slots * (q.shape[1] // k.shape[1])
     return 1 <= num_rows <= MAX_ROWS and ranges.max_keys <= MAX_PATCH
-

@@ -13,6 +13,9 @@ Shape letters: Q queries, K keys, Hq/Hkv heads, D head size, S slots. In a progr
 query head of the group) to each of H key heads, TOKENS keys at a time.
 """
 
+# Jitted functions take what Triton passes: pointers, scalars, constants.
+# mypy: disable-error-code="no-untyped-def"
+
 import math
 
 import torch
@@ -26,10 +29,11 @@ from lst_kernels.triton.launch import Launch, ceil_div, power_of_2
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
 
-# Keys that a program reads at once, for each of its rows in a thread, and its warps. Chosen from
-# what the kernels compile to for sm_90 (`lst_kernels.aot`), not measured: at 16 heads of 64 in
-# bfloat16, 56 registers forward and 80 backward leave 24 to 36 warps a multiprocessor, each with 4
-# KB on the way, well over the 23 KB that Little's law asks of a 4.3 TB/s memory at 700 ns.
+# Keys that a program reads at once for one row in a thread (twice as many in float32, where a
+# thread holds half as much of each), and its warps. Chosen from what the kernels compile to for
+# sm_90 (`lst_kernels.aot`), not measured: at 16 heads of 64 in bfloat16, 56 registers forward and
+# 80 backward leave 24 to 36 warps a multiprocessor, each with 4 KB on the way, well over the 23 KB
+# that Little's law asks of a 4.3 TB/s memory at 700 ns.
 TOKENS = 4
 WARPS = 4
 
@@ -43,9 +47,7 @@ WARPS = 4
 
 
 @triton.jit
-def _axes(
-    head_block, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr
-):
+def _axes(head_block, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr):
     """Row (1, R, 1, 1), key head (1, 1, H, 1) and column (1, 1, 1, D) of this program."""
     row = tl.arange(0, BLOCK_R)[None, :, None, None]
     kv_head = (head_block * BLOCK_H + tl.arange(0, BLOCK_H))[None, None, :, None]
@@ -141,8 +143,8 @@ def patch_backward(
     end = tl.load(stop + g * SLOTS)
     k += kv_head.to(tl.int64) * k_head + column
     v += kv_head.to(tl.int64) * v_head + column
-    grad_k += kv_head * D + column
-    grad_v += kv_head * D + column
+    grad_k += kv_head.to(tl.int64) * D + column
+    grad_v += kv_head.to(tl.int64) * D + column
     token = tl.arange(0, TOKENS)[:, None, None, None]
     accumulator = tl.zeros([1, BLOCK_R, BLOCK_H, BLOCK_D], tl.float32)
     for t in range(first, end, TOKENS):
@@ -233,11 +235,12 @@ def _sizes(q: Tensor, k: Tensor, slots: int) -> tuple[dict[str, int], int]:
     warps = max(WARPS // max(block_r // 4, 1), 1)  # side by side over heads and columns
     block_h = min(power_of_2(num_kv_heads), max(warps * 512 // (block_d * k.element_size()), 1))
     warps = max(block_h * block_d * k.element_size() // 512, 1) * max(block_r // 4, 1)
-    sizes = dict(
-        SLOTS=slots, GROUP=group, KV_HEADS=num_kv_heads, D=head_dim,
-        HEAD_BLOCKS=ceil_div(num_kv_heads, block_h), TOKENS=max(TOKENS // block_r, 1),
-        BLOCK_R=block_r, BLOCK_H=block_h, BLOCK_D=block_d,
-    )  # fmt: skip
+    tokens = TOKENS * k.element_size() // 2 // block_r
+    sizes = {
+        "SLOTS": slots, "GROUP": group, "KV_HEADS": num_kv_heads, "D": head_dim,
+        "HEAD_BLOCKS": ceil_div(num_kv_heads, block_h), "TOKENS": max(tokens, 1),
+        "BLOCK_R": block_r, "BLOCK_H": block_h, "BLOCK_D": block_d,
+    }  # fmt: skip
     return sizes, min(warps, 16)
 
 

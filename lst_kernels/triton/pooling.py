@@ -9,8 +9,11 @@
 So there are no atomics, and the same bits from run to run. Memory-bound: T·F read and P·F written,
 or the other way round, at 16 bytes a thread. Sums are float32.
 
-Shape letters: T tokens, P patches, F features. In a program: ROWS tokens at a time, BLOCK_F features.
+Shape letters: T tokens, P patches, F features; a program has ROWS tokens of BLOCK_F at a time.
 """
+
+# Jitted functions take what Triton passes: pointers, scalars, constants.
+# mypy: disable-error-code="no-untyped-def"
 
 from typing import Any
 
@@ -157,12 +160,19 @@ def pool(
     out = torch.empty(num_patches, num_features, dtype=x.dtype, device=x.device)
     if reduce in ("first", "last"):
         return _gather(x, None, out, None, start, stop, reduce), out, None
-    arguments = dict(x=x, out=out, start=start, stop=stop, x_row=x.stride(0), F=num_features)
+    arguments = {
+        "x": x,
+        "out": out,
+        "start": start,
+        "stop": stop,
+        "x_row": x.stride(0),
+        "F": num_features,
+    }
     if reduce in ("mean", "sum"):
-        launch = _launch(pool_sum, num_patches, x, arguments | dict(MEAN=reduce == "mean"))
+        launch = _launch(pool_sum, num_patches, x, arguments | {"MEAN": reduce == "mean"})
         return launch, out, None
     index = torch.empty(out.shape, dtype=torch.int32, device=x.device)
-    arguments |= dict(index=index, SIGN=1.0 if reduce == "max" else -1.0)
+    arguments |= {"index": index, "SIGN": 1.0 if reduce == "max" else -1.0}
     return _launch(pool_extreme, num_patches, x, arguments), out, index
 
 
@@ -172,10 +182,10 @@ def pool_backward(
     """Each token's share (T, F) of the gradient (P, F), and the launch that fills it. Every token
     lies in a patch."""
     out = torch.empty(num_tokens, grad.shape[1], dtype=grad.dtype, device=grad.device)
-    arguments = dict(
-        grad=grad, out=out, index=index, start=start, stop=stop,
-        grad_row=grad.stride(0), F=grad.shape[1], REDUCE=reduce,
-    )  # fmt: skip
+    arguments = {
+        "grad": grad, "out": out, "index": index, "start": start, "stop": stop,
+        "grad_row": grad.stride(0), "F": grad.shape[1], "REDUCE": reduce,
+    }  # fmt: skip
     return _launch(pool_share, len(start), grad, arguments), out
 
 
@@ -189,18 +199,19 @@ def _gather(
     source: Tensor, residual: Tensor | None, out: Tensor, ids: Tensor | None,
     start: Tensor | None, stop: Tensor | None, row: str,
 ) -> Launch:  # fmt: skip
-    arguments = dict(
-        source=source, residual=residual, out=out, ids=ids, start=start, stop=stop,
-        source_row=source.stride(0), residual_row=0 if residual is None else residual.stride(0),
-        num_rows=len(out), F=out.shape[1], ROW=row,
-    )  # fmt: skip
+    arguments = {
+        "source": source, "residual": residual, "out": out,
+        "ids": ids, "start": start, "stop": stop, "source_row": source.stride(0),
+        "residual_row": 0 if residual is None else residual.stride(0),
+        "num_rows": len(out), "F": out.shape[1], "ROW": row,
+    }  # fmt: skip
     return _launch(gather_rows, ceil_div(len(out), ROWS), out, arguments)
 
 
 def _launch(kernel: Any, tiles: int, x: Tensor, arguments: dict[str, Any]) -> Launch:
     block_f = min(power_of_2(x.shape[1]), BLOCK_F)
     feature_blocks = ceil_div(x.shape[1], block_f)
-    sizes = dict(FEATURE_BLOCKS=feature_blocks, ROWS=ROWS, BLOCK_F=block_f)
+    sizes = {"FEATURE_BLOCKS": feature_blocks, "ROWS": ROWS, "BLOCK_F": block_f}
     warps = min(max(block_f * x.element_size() // 512, 1), 8)
     return Launch(
         kernel=kernel, programs=tiles * feature_blocks, arguments=arguments | sizes,

@@ -1,11 +1,11 @@
 """Tile sizes of the tiled attention kernels, for each architecture, kernel, dtype and head size.
 
-None is measured yet. They were chosen from what the kernels compile to (`python -m lst_kernels.aot`):
-the largest query tile that spills no register, for a key tile costs block_m FLOPs a byte, and
-128 of them keep the L2 cache of an H100 below its bandwidth; then the deepest pipeline whose shared
-memory leaves room for as many programs as the registers do. Forward tiles for 16-bit numbers agree
-with those that torch's flex_attention ships for the same head sizes. sm_80's also serve 8.6, 8.9
-and 12.0, whose 99 KB of shared memory bound them (but for float32 at head sizes over 128).
+None is measured yet. They were chosen from what the kernels compile to, read off with
+`python -m lst_kernels.aot`: the largest query tile that spills no register, for a key tile yields
+block_m FLOPs a byte, and 128 of them keep the L2 cache of an H100 below its bandwidth; then the
+deepest pipeline whose shared memory leaves room for as many programs as the registers do. sm_80's
+also serve 8.6, 8.9 and 12.0, whose 99 KB of shared memory bound them (but for float32 at head sizes
+over 128).
 """
 
 import functools
@@ -27,50 +27,57 @@ class Tile:
     num_stages: int
 
 
+Table: TypeAlias = dict[tuple[Kernel, int], dict[int, Tile]]
+
+
+def _row(up_to_64: Tile, up_to_128: Tile, up_to_256: Tile) -> dict[int, Tile]:
+    return {64: up_to_64, 128: up_to_128, 256: up_to_256}
+
+
 # float32 products are exact and so run without tensor cores. Their operands are held in registers,
 # head size and all, which leaves room for small tiles alone.
-_FLOAT32: dict[tuple[Kernel, int], dict[int, Tile]] = {
-    ("forward", 4): {64: Tile(32, 32, 4, 2), 128: Tile(16, 16, 4, 1), 256: Tile(32, 16, 8, 1)},
-    ("backward_q", 4): {64: Tile(32, 32, 8, 2), 128: Tile(16, 16, 8, 2), 256: Tile(32, 32, 8, 2)},
-    ("backward_kv", 4): {64: Tile(16, 32, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+_FLOAT32: Table = {
+    ("forward", 4): _row(Tile(32, 32, 4, 2), Tile(16, 16, 4, 1), Tile(32, 16, 8, 1)),
+    ("backward_q", 4): _row(Tile(32, 32, 8, 2), Tile(16, 16, 8, 2), Tile(32, 32, 8, 2)),
+    ("backward_kv", 4): _row(Tile(16, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
 }
 
-#: architecture → (kernel, bytes of a number) → largest head size of each row → tile
-TILES: dict[str, dict[tuple[Kernel, int], dict[int, Tile]]] = {
+#: architecture → (kernel, bytes of a number) → largest head size of each tile → tile
+TILES: dict[str, Table] = {
     "sm_80": _FLOAT32 | {
-        ("forward", 2): {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
-        ("backward_q", 2): {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(32, 32, 8, 2)},
-        ("backward_kv", 2): {64: Tile(32, 64, 4, 2), 128: Tile(32, 64, 8, 2), 256: Tile(32, 32, 8, 2)},
+        ("forward", 2): _row(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
+        ("backward_q", 2): _row(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(32, 32, 8, 2)),
+        ("backward_kv", 2): _row(Tile(32, 64, 4, 2), Tile(32, 64, 8, 2), Tile(32, 32, 8, 2)),
     },
-    # dK and dV of head size 256 take tiles of 32 keys and mma.sync: the two sums over 64 keys, which
-    # wgmma asks for, do not fit the registers.
+    # dK and dV of head size 256 take tiles of 32 keys and mma.sync: two sums over the 64 keys that
+    # wgmma asks for do not fit the registers.
     "sm_90": _FLOAT32 | {
-        ("forward", 2): {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 2)},
-        ("backward_q", 2): {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
-        ("backward_kv", 2): {64: Tile(64, 128, 8, 2), 128: Tile(32, 128, 8, 2), 256: Tile(32, 32, 8, 2)},
+        ("forward", 2): _row(Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)),
+        ("backward_q", 2): _row(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
+        ("backward_kv", 2): _row(Tile(64, 128, 8, 2), Tile(32, 128, 8, 2), Tile(32, 32, 8, 2)),
     },
     "sm_100": _FLOAT32 | {
-        ("forward", 2): {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
-        ("backward_q", 2): {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
-        ("backward_kv", 2): {64: Tile(64, 128, 8, 2), 128: Tile(64, 128, 8, 2), 256: Tile(32, 64, 8, 2)},
+        ("backward_q", 4): _row(Tile(32, 32, 8, 2), Tile(16, 16, 8, 2), Tile(16, 32, 8, 2)),
+        ("forward", 2): _row(Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
+        ("backward_q", 2): _row(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
+        ("backward_kv", 2): _row(Tile(64, 128, 8, 2), Tile(64, 128, 8, 2), Tile(32, 64, 8, 2)),
     },
     "gfx942": {
-        ("forward", 2): {64: Tile(128, 64, 4, 1), 128: Tile(128, 32, 4, 1), 256: Tile(64, 32, 4, 1)},
-        ("backward_q", 2): {64: Tile(64, 64, 4, 1), 128: Tile(64, 32, 4, 1), 256: Tile(32, 32, 4, 1)},
-        ("backward_kv", 2): {64: Tile(32, 64, 4, 1), 128: Tile(32, 64, 4, 1), 256: Tile(16, 32, 4, 1)},
-        ("forward", 4): {64: Tile(64, 32, 4, 1), 128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
-        ("backward_q", 4): {64: Tile(32, 32, 4, 1), 128: Tile(32, 16, 4, 1), 256: Tile(16, 16, 4, 1)},
-        ("backward_kv", 4): {64: Tile(32, 32, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
+        ("forward", 2): _row(Tile(128, 64, 4, 1), Tile(128, 32, 4, 1), Tile(64, 32, 4, 1)),
+        ("backward_q", 2): _row(Tile(64, 64, 4, 1), Tile(64, 32, 4, 1), Tile(32, 32, 4, 1)),
+        ("backward_kv", 2): _row(Tile(32, 64, 4, 1), Tile(32, 64, 4, 1), Tile(16, 32, 4, 1)),
+        ("forward", 4): _row(Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1)),
+        ("backward_q", 4): _row(Tile(32, 32, 4, 1), Tile(32, 16, 4, 1), Tile(16, 16, 4, 1)),
+        ("backward_kv", 4): _row(Tile(32, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1)),
     },
     # Small enough for a handful of rows to make several tiles, and of different shapes.
     "interpreter": {
-        (kernel, size): {256: tile}
-        for kernel, tile in (
-            ("forward", Tile(64, 32, 4, 1)),
-            ("backward_q", Tile(32, 32, 4, 1)),
-            ("backward_kv", Tile(32, 64, 4, 1)),
-        )
-        for size in (2, 4)
+        ("forward", 2): _row(*[Tile(64, 32, 4, 1)] * 3),
+        ("backward_q", 2): _row(*[Tile(32, 32, 4, 1)] * 3),
+        ("backward_kv", 2): _row(*[Tile(32, 64, 4, 1)] * 3),
+        ("forward", 4): _row(*[Tile(32, 64, 4, 1)] * 3),
+        ("backward_q", 4): _row(*[Tile(64, 32, 4, 1)] * 3),
+        ("backward_kv", 4): _row(*[Tile(64, 32, 4, 1)] * 3),
     },
 }  # fmt: skip
 
@@ -78,5 +85,5 @@ TILES: dict[str, dict[tuple[Kernel, int], dict[int, Tile]]] = {
 @functools.cache
 def tile(kernel: Kernel, architecture: str, dtype: torch.dtype, head_dim: int) -> Tile:
     """The tile for a head size."""
-    table = TILES[architecture][kernel, dtype.itemsize]
-    return table[min(size for size in table if size >= head_dim)]
+    row = TILES[architecture][kernel, dtype.itemsize]
+    return row[min(size for size in row if size >= head_dim)]

@@ -16,11 +16,17 @@ Per pair of query and key and query head: 4·D FLOPs forward, 6·D for dq, 8·D 
 are those of q and out plus, per query tile, its interval of k and v, which neighbouring tiles find
 in the L2 cache.
 
+Products of float32 are exact ("ieee"), so they run without tensor cores.
+
 Scores are kept in units of log 2, so that exp is exp2: qk_scale = scale · log2(e). Shape letters: Q
 queries, K keys, Hq/Hkv heads, D head size.
 """
 
+# Jitted functions take what Triton passes: pointers, scalars, constants.
+# mypy: disable-error-code="no-untyped-def"
+
 import math
+from typing import Any
 
 import torch
 import triton
@@ -78,7 +84,7 @@ def _edge_tile(i, left_tiles, low, inner, right, high, TILE: tl.constexpr):
 
 
 @triton.jit
-def _owned_tile(order, num_rows, HEADS: tl.constexpr, TILE: tl.constexpr, BLOCK_ROWS: tl.constexpr):  # fmt: skip
+def _owned_tile(order, num_rows, HEADS: tl.constexpr, TILE: tl.constexpr, BLOCK_ROWS: tl.constexpr):
     """Which rows [first, stop) and which head this program owns; no rows where first >= stop."""
     TILES: tl.constexpr = (BLOCK_ROWS + TILE - 1) // TILE  # in a block of rows
     program = tl.program_id(0)
@@ -93,12 +99,9 @@ def _owned_tile(order, num_rows, HEADS: tl.constexpr, TILE: tl.constexpr, BLOCK_
 
 
 @triton.jit
-def _attend(
-    q, k_tile, v_tile, keep, accumulator, peak, total, qk_scale,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def _attend(q, k_tile, v_tile, keep, accumulator, peak, total, qk_scale, MASKED: tl.constexpr):
     """One key tile of the online softmax: accumulator and total are in units of exp2(peak)."""
-    scores = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION)
+    scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee")
     if MASKED:
         scores = tl.where(keep, scores * qk_scale, -float("inf"))
         raised = tl.maximum(peak, tl.max(scores, 1))
@@ -112,7 +115,7 @@ def _attend(
         shrink = tl.exp2(peak - raised)
     total = total * shrink + tl.sum(weights, 1)
     accumulator = accumulator * shrink[:, None]
-    accumulator = tl.dot(weights.to(v_tile.dtype), v_tile, accumulator, input_precision=PRECISION)
+    accumulator = tl.dot(weights.to(v_tile.dtype), v_tile, accumulator, input_precision="ieee")
     return accumulator, raised, total
 
 
@@ -123,7 +126,6 @@ def tiled_forward(
     HEADS: tl.constexpr, HEAD_PROGRAMS: tl.constexpr, KV_PROGRAMS: tl.constexpr,
     PACK: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):  # fmt: skip
     first, end, head_program = _owned_tile(order, num_queries, HEAD_PROGRAMS, QUERIES, BLOCK_ROWS)
     if first >= end:
@@ -158,7 +160,7 @@ def tiled_forward(
         k_tile = _load_tile(k + first_key * k_row, k_offsets, columns, D, BLOCK_D)
         v_tile = _load_tile(v + first_key * v_row, v_offsets, columns, D, BLOCK_D)
         accumulator, peak, total = _attend(
-            q_tile, k_tile, v_tile, owned, accumulator, peak, total, qk_scale, False, PRECISION
+            q_tile, k_tile, v_tile, owned, accumulator, peak, total, qk_scale, False
         )
     for i in range(0, edge_tiles):
         first_key, edge = _edge_tile(i, left_tiles, low, inner, right, high, BLOCK_N)
@@ -168,7 +170,7 @@ def tiled_forward(
         row_edge = tl.minimum(row_stop, edge)
         keep = (key[None, :] >= row_start[:, None]) & (key[None, :] < row_edge[:, None])
         accumulator, peak, total = _attend(
-            q_tile, k_tile, v_tile, keep, accumulator, peak, total, qk_scale, True, PRECISION
+            q_tile, k_tile, v_tile, keep, accumulator, peak, total, qk_scale, True
         )
 
     read = total > 0
@@ -185,16 +187,13 @@ def tiled_forward(
 
 
 @triton.jit
-def _grad_scores(
-    a, b, grad_a, grad_b, keep, log2_total, dots, qk_scale,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Softmax weights p and gradients p ⊙ (dp − dots) of a tile of scores a bᵀ, either way round."""
-    scores = tl.dot(a, tl.trans(b), input_precision=PRECISION)
+def _grad_scores(a, b, grad_a, grad_b, keep, log2_total, dots, qk_scale, MASKED: tl.constexpr):
+    """Softmax weights p and p ⊙ (dp − dots) of a tile of scores a bᵀ, either way round."""
+    scores = tl.dot(a, tl.trans(b), input_precision="ieee")
     weights = tl.exp2(scores * qk_scale - log2_total)
     if MASKED:
         weights = tl.where(keep, weights, 0.0)
-    grad_weights = tl.dot(grad_a, tl.trans(grad_b), input_precision=PRECISION)
+    grad_weights = tl.dot(grad_a, tl.trans(grad_b), input_precision="ieee")
     return weights, weights * (grad_weights - dots)
 
 
@@ -206,7 +205,6 @@ def tiled_backward_q(
     HEADS: tl.constexpr, HEAD_PROGRAMS: tl.constexpr, KV_PROGRAMS: tl.constexpr,
     PACK: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):  # fmt: skip
     first, end, head_program = _owned_tile(order, num_queries, HEAD_PROGRAMS, QUERIES, BLOCK_ROWS)
     if first >= end:
@@ -249,10 +247,10 @@ def tiled_backward_q(
         v_tile = _load_tile(v + first_key * v_row, v_offsets, columns, D, BLOCK_D)
         _, grad_scores = _grad_scores(
             q_tile, k_tile, grad_tile, v_tile, owned, log2_total[:, None], row_dots[:, None],
-            qk_scale, False, PRECISION,
+            qk_scale, False,
         )  # fmt: skip
         accumulator = tl.dot(
-            grad_scores.to(k_tile.dtype), k_tile, accumulator, input_precision=PRECISION
+            grad_scores.to(k_tile.dtype), k_tile, accumulator, input_precision="ieee"
         )
     for i in range(0, edge_tiles):
         first_key, edge = _edge_tile(i, left_tiles, low, inner, right, high, BLOCK_N)
@@ -263,10 +261,10 @@ def tiled_backward_q(
         keep = (key[None, :] >= row_start[:, None]) & (key[None, :] < row_edge[:, None])
         _, grad_scores = _grad_scores(
             q_tile, k_tile, grad_tile, v_tile, keep, log2_total[:, None], row_dots[:, None],
-            qk_scale, True, PRECISION,
+            qk_scale, True,
         )  # fmt: skip
         accumulator = tl.dot(
-            grad_scores.to(k_tile.dtype), k_tile, accumulator, input_precision=PRECISION
+            grad_scores.to(k_tile.dtype), k_tile, accumulator, input_precision="ieee"
         )
     tl.store(grad_q + out_row[:, None] * D + columns[None, :],
              (accumulator * scale).to(grad_q.dtype.element_ty),
@@ -281,7 +279,6 @@ def tiled_backward_kv(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, KV_PROGRAMS: tl.constexpr,
     PACK: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):  # fmt: skip
     first, end, kv_head = _owned_tile(order, num_keys, KV_HEADS, BLOCK_N, BLOCK_ROWS)
     if first >= end:
@@ -314,9 +311,7 @@ def tiled_backward_kv(
     for i in range(0, full_tiles * KV_PROGRAMS):
         first_query = (inner + i // KV_PROGRAMS * QUERIES).to(tl.int64)
         pack = tl.cast(i % KV_PROGRAMS * PACK, tl.int64)
-        q_tile = _load_tile(
-            q + first_query * q_row + pack * q_head, q_offsets, columns, D, BLOCK_D
-        )
+        q_tile = _load_tile(q + first_query * q_row + pack * q_head, q_offsets, columns, D, BLOCK_D)
         grad_tile = _load_tile(
             grad + first_query * grad_row + pack * grad_head, grad_offsets, columns, D, BLOCK_D
         )
@@ -327,10 +322,10 @@ def tiled_backward_kv(
         row_dots = tl.load(dots + lse_base + lse_offsets)
         weights, grad_scores = _grad_scores(
             k_tile, q_tile, v_tile, grad_tile, used, row_lse[None, :] * LOG2_E,
-            row_dots[None, :], qk_scale, False, PRECISION,
+            row_dots[None, :], qk_scale, False,
         )  # fmt: skip
-        v_sum = tl.dot(weights.to(grad_tile.dtype), grad_tile, v_sum, input_precision=PRECISION)
-        k_sum = tl.dot(grad_scores.to(q_tile.dtype), q_tile, k_sum, input_precision=PRECISION)
+        v_sum = tl.dot(weights.to(grad_tile.dtype), grad_tile, v_sum, input_precision="ieee")
+        k_sum = tl.dot(grad_scores.to(q_tile.dtype), q_tile, k_sum, input_precision="ieee")
     for i in range(0, edge_tiles * KV_PROGRAMS):
         edge_first, edge = _edge_tile(
             i // KV_PROGRAMS, left_tiles, low, inner, right, high, QUERIES
@@ -339,9 +334,7 @@ def tiled_backward_kv(
         pack = tl.cast(i % KV_PROGRAMS * PACK, tl.int64)
         query = edge_first + row // PACK
         inside = used & (query < edge)
-        q_tile = _load_edge(
-            q + first_query * q_row + pack * q_head, q_offsets, inside, columns, D
-        )
+        q_tile = _load_edge(q + first_query * q_row + pack * q_head, q_offsets, inside, columns, D)
         grad_tile = _load_edge(
             grad + first_query * grad_row + pack * grad_head, grad_offsets, inside, columns, D
         )
@@ -351,10 +344,10 @@ def tiled_backward_kv(
         keep = (query[None, :] >= key_start[:, None]) & (query[None, :] < key_stop[:, None])
         weights, grad_scores = _grad_scores(
             k_tile, q_tile, v_tile, grad_tile, keep & inside[None, :],
-            row_lse[None, :] * LOG2_E, row_dots[None, :], qk_scale, True, PRECISION,
+            row_lse[None, :] * LOG2_E, row_dots[None, :], qk_scale, True,
         )  # fmt: skip
-        v_sum = tl.dot(weights.to(grad_tile.dtype), grad_tile, v_sum, input_precision=PRECISION)
-        k_sum = tl.dot(grad_scores.to(q_tile.dtype), q_tile, k_sum, input_precision=PRECISION)
+        v_sum = tl.dot(weights.to(grad_tile.dtype), grad_tile, v_sum, input_precision="ieee")
+        k_sum = tl.dot(grad_scores.to(q_tile.dtype), q_tile, k_sum, input_precision="ieee")
 
     owned = first + tl.arange(0, BLOCK_N) < end
     offsets = (key.to(tl.int64) * KV_HEADS + kv_head)[:, None] * D + columns[None, :]
@@ -431,24 +424,23 @@ def backward_kv(
     return launch, grad_k, grad_v
 
 
-def _sizes(q: Tensor, k: Tensor, tile: Tile) -> tuple[int, dict[str, int | str]]:
+def _sizes(q: Tensor, k: Tensor, tile: Tile) -> tuple[int, dict[str, Any]]:
     """How many query heads share a tile, and the constants that all three kernels take."""
     heads, head_dim, group = q.shape[1], q.shape[2], q.shape[1] // k.shape[1]
     pack = max(n for n in range(1, min(group, MAX_PACKED_HEADS) + 1) if group % n == 0)
-    return pack, dict(
-        HEADS=heads, KV_PROGRAMS=group // pack, PACK=pack,
-        D=head_dim, BLOCK_D=max(power_of_2(head_dim), 16),
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_ROWS=BLOCK_ROWS,
-        PRECISION=precision(q),
-    )  # fmt: skip
+    return pack, {
+        "HEADS": heads, "KV_PROGRAMS": group // pack, "PACK": pack,
+        "D": head_dim, "BLOCK_D": max(power_of_2(head_dim), 16),
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_ROWS": BLOCK_ROWS,
+    }  # fmt: skip
 
 
-def _by_query(q: Tensor, k: Tensor, tile: Tile) -> dict[str, int | str]:
+def _by_query(q: Tensor, k: Tensor, tile: Tile) -> dict[str, Any]:
     """The constants of the kernels that own queries. Tiles must cut a block of rows evenly, or
     nearly so: as many tiles a block as it takes, each with as few queries as that allows."""
     pack, sizes = _sizes(q, k, tile)
     tiles = ceil_div(BLOCK_ROWS, tile.block_m // pack)
-    return sizes | dict(QUERIES=ceil_div(BLOCK_ROWS, tiles), HEAD_PROGRAMS=q.shape[1] // pack)
+    return sizes | {"QUERIES": ceil_div(BLOCK_ROWS, tiles), "HEAD_PROGRAMS": q.shape[1] // pack}
 
 
 def _programs(num_rows: int, tile_rows: int, heads: int) -> int:
@@ -460,9 +452,3 @@ def _strides(**tensors: Tensor) -> dict[str, int]:
         f"{name}_{dim}": x.stride(i)
         for name, x in tensors.items() for i, dim in enumerate(("row", "head"))
     }  # fmt: skip
-
-
-def precision(x: Tensor) -> str:
-    """What float32 products are made of, as torch's own setting has it."""
-    exact = torch.get_float32_matmul_precision() == "highest"
-    return "ieee" if exact or x.dtype != torch.float32 else "tf32"
