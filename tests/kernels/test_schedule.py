@@ -1,4 +1,4 @@
-"""The order of work is a permutation with most work first; shared ranges are found, and only those."""
+"""Work comes heaviest first, each block once; shared ranges are found, and only those."""
 
 import torch
 from hypothesis import given, settings
