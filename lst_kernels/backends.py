@@ -52,6 +52,8 @@ class Backend:
     module: str
     refuses: Callable[[Call], str | None]  # why it does not cover this call, whatever the machine
     unavailable: Callable[[], str | None]  # why it cannot run on this machine
+    #: of a backend that calls another library: each one tried, and "used" or the reason against it
+    providers: Callable[[], dict[str, str]] = dict
 
 
 @contextlib.contextmanager
@@ -78,7 +80,8 @@ def explain(op: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> dict[str
 
     Returns:
         For each backend, in the order of preference: ``"chosen"``, ``"can run"``, or the reason
-        against it.
+        against it. After a backend that covers the call, also its providers (``"flash/torch"``):
+        ``"used"``, or the reason against them.
 
     Raises:
         ValueError: there is no op of that name.
@@ -92,9 +95,12 @@ def explain(op: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> dict[str
         chosen = choose(call, asked)
     except ValueError:
         chosen = None
-    return {
-        b.name: "chosen" if b.name == chosen else _reason(b, call) or "can run" for b in BACKENDS
-    }
+    told: dict[str, str] = {}
+    for b in BACKENDS:
+        told[b.name] = "chosen" if b.name == chosen else _reason(b, call) or "can run"
+        if b.refuses(call) is None:
+            told |= {f"{b.name}/{name}": reason for name, reason in b.providers().items()}
+    return told
 
 
 def describes(op: str) -> Callable[[Callable[..., Call]], Callable[..., Call]]:
@@ -176,13 +182,21 @@ def _flash_refuses(call: Call) -> str | None:
         return f"takes float16 and bfloat16, not {_name(call.dtype)}"
     if call.head_dim is not None and (call.head_dim % 8 or call.head_dim > 256):
         return f"takes head sizes up to 256 that are multiples of 8, not {call.head_dim}"
-    return None
+    from lst_kernels import flash
+
+    return None if call.head_dim is None else flash.refusal(call.dtype, call.head_dim)
 
 
 def _flash_unavailable() -> str | None:
     from lst_kernels import flash
 
     return flash.unavailable_reason()
+
+
+def _flash_providers() -> dict[str, str]:
+    from lst_kernels import flash
+
+    return flash.providers()
 
 
 def _native_refuses(call: Call) -> str | None:
@@ -229,7 +243,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 BACKENDS = (
-    Backend("flash", "lst_kernels.flash", _flash_refuses, _flash_unavailable),
+    Backend("flash", "lst_kernels.flash", _flash_refuses, _flash_unavailable, _flash_providers),
     Backend("native", "lst_kernels.native", _native_refuses, _native_unavailable),
     Backend("triton", "lst_kernels.triton", _triton_refuses, _triton_unavailable),
     Backend("reference", "lst_kernels.reference", lambda call: None, lambda: None),

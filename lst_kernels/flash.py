@@ -220,7 +220,7 @@ def _line(error: Exception) -> str:
 def _torch() -> Provider:
     from torch.nn.attention import varlen
 
-    varlen_attn: Callable[..., Tensor] = varlen.varlen_attn
+    varlen_attn: Callable[..., Any] = varlen.varlen_attn
     _needs(varlen_attn, "scale", "window_size")
     takes_gqa = "enable_gqa" in inspect.signature(varlen_attn).parameters
 

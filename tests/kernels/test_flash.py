@@ -143,6 +143,7 @@ def machine(monkeypatch):
     flash._trial.cache_clear()
     allowed = dataclasses.replace(backends._BY_NAME["flash"], refuses=lambda call: None)
     monkeypatch.setitem(backends._BY_NAME, "flash", allowed)
+    monkeypatch.setattr(backends, "BACKENDS", (allowed, backends._BY_NAME["reference"]))
 
     def install(*modules):
         for made in modules:
@@ -223,7 +224,7 @@ def test_no_tokens_at_all_are_no_call():
 
 def refusal(**changes):
     call = Call("sliding_window_attention", "cuda", torch.bfloat16, head_dim=64)
-    return backends._BY_NAME["flash"].refuses(dataclasses.replace(call, **changes))
+    return backends._flash_refuses(dataclasses.replace(call, **changes))
 
 
 def test_what_flash_cannot_do_it_says():
@@ -268,6 +269,17 @@ def test_the_first_provider_that_runs_is_used_and_the_others_have_reasons(machin
     assert "ModuleNotFoundError" in told["torch"]
 
 
+def test_explain_tells_of_every_provider(machine):
+    machine.install(*STAND_INS["xformers"])
+    q = torch.ones(2, 1, 16)
+    cu = torch.tensor([0, 2], dtype=torch.int32)
+    told = explain(sliding_window_attention, q, q, q, cu, window=1, max_length=2)
+    assert told["flash"] == "chosen"
+    assert told["flash/xformers"] == "used"
+    assert "ModuleNotFoundError" in told["flash/flash_attn"]
+    assert list(told) == ["flash", *(f"flash/{n}" for n in flash.CANDIDATES), "reference"]
+
+
 def test_a_function_of_another_signature_is_no_provider(machine):
     def old(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False):
         pass
@@ -303,8 +315,8 @@ def test_a_head_size_that_the_provider_refuses_is_its_reason(machine):
         return varlen_attn(q, k, v, *args, scale=scale, window_size=window_size)
 
     machine.install(module("torch.nn.attention.varlen", varlen_attn=narrow))
-    assert flash.refusal(torch.bfloat16, 64) is None
-    assert flash.refusal(torch.bfloat16, 128) == "ValueError: head sizes up to 64"
+    assert refusal(head_dim=64) is None
+    assert refusal(head_dim=128) == "ValueError: head sizes up to 64"
 
 
 def test_a_backward_pass_that_fails_is_found_before_training_does(machine):
