@@ -6,7 +6,7 @@ from lst.data.loader import DataConfig
 from lst.data.records import Dataset, StoryItem, read_items
 from lst.errors import UserError
 from lst.train.checkpoint import State
-from lst.vocabulary import Tokenizer, Vocabulary
+from lst.vocabulary import Tokenizer, Vocabulary, fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,14 +33,16 @@ def open_corpus(config: DataConfig) -> Corpus:
             f"make one by python -m lst.prepare demo --out {folder}"
         )
     tokenizer = Tokenizer.load(folder / "tokenizer.model")
-    train = {
-        name: Dataset.open(folder / "train" / name, tokenizer=tokenizer.fingerprint)
-        for name in config.mixture
+    # The codebook itself says which units these are; a corpus of text alone has none.
+    codebook = folder / "codebook.safetensors"
+    files = {
+        "tokenizer": tokenizer.fingerprint,
+        "codebook": fingerprint(codebook) if codebook.exists() else None,
     }
+    train = {name: Dataset.open(folder / "train" / name, **files) for name in config.mixture}
     codebooks = {data.info.codebook for data in train.values() if data.info.codebook is not None}
     if len(codebooks) > 1:
         raise UserError(f"{folder}: expected units of one codebook, got {sorted(codebooks)}")
-    files = {"tokenizer": tokenizer.fingerprint, "codebook": next(iter(codebooks), None)}
     names = sorted(path.parent.name for path in (folder / "valid").glob("*/dataset.json"))
     items = folder / "items"
     return Corpus(
