@@ -305,7 +305,7 @@ def measure_encoder(
             )  # fmt: skip
             if times:
                 share = size / times["lst_kernels"].median / bandwidth
-                report.target(f"encoder {what}: share of copy", share, 0.75, case.name)
+                report.target(f"encoder {what}: share of copy", share, case.name, at_least=0.75)
 
 
 def _varlen_peer(case: Case, what: str) -> Peer:
@@ -360,7 +360,7 @@ def _measure_rows(
         )  # fmt: skip
         if times:
             share = size / times["lst_kernels"].median / bandwidth
-            report.target(f"{facts['op']} {what}: share of copy", share, 0.75, case)
+            report.target(f"{facts['op']} {what}: share of copy", share, case, at_least=0.75)
     compare(
         report, timer, {"lst_kernels": sets.both}, peers, facts | {"case": case},
         "forward + backward", nbytes=2 * size, bandwidth=bandwidth,
@@ -416,7 +416,7 @@ def measure_causal(report: Report, timer: Any, num_tokens: int, device: torch.de
             times = compare(report, timer, ours, peers, case.facts(), name, flops=flops)
             if case.window is None and {"lst_kernels", "varlen_attn"} <= times.keys():
                 ratio = times["varlen_attn"].median / times["lst_kernels"].median
-                report.target(f"{name}, Triton against varlen_attn", ratio, 0.7, case.name)
+                report.target(f"{name}, Triton against varlen_attn", ratio, case.name, at_least=0.7)
 
 
 def measure_flex(
@@ -443,7 +443,7 @@ def measure_flex(
         for peer, floor in zip(list(peers)[:2], floors[case.op], strict=True):
             if floor is not None and {"lst_kernels", peer} <= times.keys():
                 ratio = times[peer].median / times["lst_kernels"].median
-                report.target(f"times faster than {peer}", ratio, floor, case.name)
+                report.target(f"times faster than {peer}", ratio, case.name, at_least=floor)
 
 
 # --- 5 and 6: the plan and the model --------------------------------------------------------------
@@ -487,8 +487,8 @@ def measure_plan(report: Report, timer: Any, num_tokens: int, device: torch.devi
     )  # fmt: skip
     share = (made + moved) * 1e3 / served.median
     report.figure("layout and ranges, share of encoder and decoder", None, share=share)
-    report.target("encoder and decoder, in hundredths, over layout and ranges", 0.01 / share, 1.0,
-                  f"{num_tokens} tokens, static 4")  # fmt: skip
+    case = f"{num_tokens} tokens, static 4"
+    report.target("layout and ranges: share of encoder and decoder", share, case, at_most=0.01)
 
 
 def _seconds(call: Callable[[], object], rounds: int = 20) -> float:
@@ -586,6 +586,8 @@ def measure(report: Report, timer: Timer, device: torch.device, keep_seconds: fl
     bandwidth = 0.0
     with report.part("limits"):
         bandwidth = measure_limits(report, timer, device)
+    if not bandwidth:
+        return
     with report.part("checks: attention"):
         check_attention(report, CHECKED_TOKENS, device)
     with report.part("checks: pooling"):

@@ -146,12 +146,17 @@ class Report:
             entry["milliseconds"] = vars(timing)
         self.figures.append(entry)
 
-    def target(self, name: str, got: float, at_least: float, case: str) -> None:
-        """A figure beside the least that it should be."""
-        met = got >= at_least
-        self.targets.append(
-            {"target": name, "case": case, "got": got, "at_least": at_least, "met": met}
-        )
+    def target(
+        self, name: str, got: float, case: str, *,
+        at_least: float | None = None, at_most: float | None = None,
+    ) -> None:  # fmt: skip
+        """A figure beside the least, or the most, that it should be."""
+        entry: dict[str, Any] = {"target": name, "case": case, "got": got}
+        if at_least is not None:
+            entry |= {"at_least": at_least, "met": got >= at_least}
+        if at_most is not None:
+            entry |= {"at_most": at_most, "met": got <= at_most}
+        self.targets.append(entry)
 
     def save(self) -> None:
         """Write the file anew, whole or not at all."""
@@ -163,27 +168,35 @@ class Report:
         partial.replace(self.path)
 
     def table(self) -> str:
-        """The targets beside the figures, and how it all went."""
-        lines = [("target", "case", "got", "at least", "")]
-        lines += [
-            (t["target"], t["case"], f"{t['got']:.3g}", f"{t['at_least']:g}", _verdict(t["met"]))
-            for t in self.targets
-        ]
+        """Each target beside the worst of its figures, and how it all went."""
+        lines = [("target", "", "got", "", "worst of")]
+        for name in dict.fromkeys(each["target"] for each in self.targets):
+            own = [each for each in self.targets if each["target"] == name]
+            worst = min(own, key=_margin)
+            bound = (
+                f">= {worst['at_least']:g}" if "at_least" in worst else f"<= {worst['at_most']:g}"
+            )
+            verdict = "met" if worst["met"] else "NOT MET"
+            cases = f"{len(own)}: {worst['case']}"
+            lines.append((name, bound, f"{worst['got']:.3g}", verdict, cases))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         text = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
         wrong = [check for check in self.checks if check["outcome"] != "passed"]
         text.append(f"{len(self.checks) - len(wrong)} checks passed, {len(wrong)} did not")
-        text += [f"  {check['op']}, {check['case']}: {check['outcome']}" for check in wrong]
-        text += [f"not measured: {each['what']}: {each['reason']}" for each in self.not_measured]
+        text += [f"  {each['op']}, {each['case']}: {each['outcome'][:120]}" for each in wrong]
+        text += [f"not measured: {e['what']}: {e['reason'][:120]}" for e in self.not_measured]
         text += [f"part {p['part']}: {p['outcome']}" for p in self.parts if p["outcome"] != "done"]
         return "\n".join(text)
+
+
+def _margin(target: dict[str, Any]) -> float:
+    """How well a target is met; 1 is just so."""
+    if "at_least" in target:
+        return target["got"] / target["at_least"]
+    return target["at_most"] / target["got"]
 
 
 def one_line(error: BaseException) -> str:
     """The kind of an error and the first line of what it says."""
     said = str(error).strip().splitlines()
     return f"{type(error).__name__}: {said[0][:300]}" if said else type(error).__name__
-
-
-def _verdict(met: bool) -> str:
-    return "met" if met else "NOT MET"

@@ -103,20 +103,20 @@ def encoder_cases(num_tokens: int, device: torch.device) -> Iterator[Case]:
             yield _case("encoder", f"encoder, {name}, slots {slots}", layout, ranges, device)
 
 
-def decoder_cases(num_tokens: int, device: torch.device) -> Iterator[Case]:
+def decoder_cases(num_tokens: int, device: torch.device, window: int = WINDOW) -> Iterator[Case]:
     for name, make in LAYOUTS.items():
         layout = make(num_tokens)
-        for window in (WINDOW, None):
-            ranges = layout.tokens_read_patches(window, slots=SLOTS)
-            told = f"decoder, window {window or 'all'}, {name}"
+        for patches in (window, None):
+            ranges = layout.tokens_read_patches(patches, slots=SLOTS)
+            told = f"decoder, window {patches or 'all'}, {name}"
             yield _case("decoder", told, layout, ranges, device)
 
 
-def causal_cases(num_tokens: int, device: torch.device) -> Iterator[Case]:
+def causal_cases(num_tokens: int, device: torch.device, window: int = WINDOW) -> Iterator[Case]:
     layout = static_layout(num_tokens)
     yield _case(
-        "causal", f"sliding window {WINDOW}", layout, layout.sliding_window(WINDOW), device,
-        cu=layout.cu_tokens.to(device), window=WINDOW, max_length=layout.max_document_tokens,
+        "causal", f"sliding window {window}", layout, layout.sliding_window(window), device,
+        cu=layout.cu_tokens.to(device), window=window, max_length=layout.max_document_tokens,
     )  # fmt: skip
     yield _case(
         "causal", "block-causal", layout, layout.block_causal(), device, heads=GLOBAL_HEADS,

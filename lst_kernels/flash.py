@@ -128,10 +128,13 @@ def activate() -> dict[str, str]:
     """
     if (reason := _device_reason()) is not None:
         return {"FA3": reason, "FA4": reason}
+    from torch.nn import attention
+
     told: dict[str, str] = {}
     for name in ("FA3", "FA4") if torch.cuda.get_device_capability()[0] == 9 else ("FA4",):
         try:
-            torch.nn.attention.activate_flash_attention_impl(name)
+            take_back = attention.restore_flash_attention_impl  # a torch without it has none
+            attention.activate_flash_attention_impl(name)
             provider = _torch()
         except Exception as error:
             told[name] = _line(error)
@@ -141,7 +144,7 @@ def activate() -> dict[str, str]:
         told[name] = failure or "active"
         if failure is None:
             break
-        torch.nn.attention.restore_flash_attention_impl()
+        take_back()
         _trial.cache_clear()
     return told
 
@@ -218,18 +221,18 @@ def _line(error: Exception) -> str:
 
 
 def _torch() -> Provider:
-    from torch.nn.attention import varlen
+    from torch.nn.attention.varlen import varlen_attn
 
-    varlen_attn: Callable[..., Any] = varlen.varlen_attn
-    _needs(varlen_attn, "scale", "window_size")
-    takes_gqa = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    call: Callable[..., Any] = varlen_attn  # its arguments depend on torch's version
+    _needs(call, "scale", "window_size")
+    takes_gqa = "enable_gqa" in inspect.signature(call).parameters
 
     def attend(
         q: Tensor, k: Tensor, v: Tensor, cu: Tensor,
         window: int | None, max_length: int, scale: float,
     ) -> Tensor:  # fmt: skip
         options = {"enable_gqa": True} if takes_gqa and q.shape[1] != k.shape[1] else {}
-        return varlen_attn(
+        return call(
             q, k, v, cu, cu, max_length, max_length,
             scale=scale, window_size=_left_right(window), **options,
         )  # fmt: skip
