@@ -4,6 +4,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ def describe_machine(device: torch.device | None = None) -> dict[str, Any]:
 
 def file_stem(about: dict[str, Any]) -> str:
     """``nvidia-h200-2026-11-21``: the device and the day, for the name of a result file."""
-    return f"{about['device'].lower().replace(' ', '-')}-{about['date']}"
+    device = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
+    return f"{device}-{about['date']}"
 
 
 def _processor() -> str:
