@@ -38,25 +38,45 @@ TOKENS = 4
 WARPS = 4
 
 
-# --- device helpers ---
-#
 # Every tensor is (tokens, R, H, D), with 1 where a dimension does not matter, and reductions keep
 # their dimension. So all of them share one layout, that of the loads: 16 bytes of D to a thread, D
 # and H over lanes and warps, tokens and R within a thread. Nothing moves through shared memory, and
 # only sums over D cross lanes. (Leaving dimensions out costs a conversion at every load.)
+#
+# After D, Triton deals lanes out from the last dimension on, before 3.7 from the first on: there
+# tensors are (H, R, tokens, D), or a program would take twice the registers.
+LANES_FROM_LAST = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
+TOKEN_AXIS = tl.constexpr(0 if LANES_FROM_LAST else 2)
+HEAD_AXIS = tl.constexpr(2 if LANES_FROM_LAST else 0)
+ROW_AXIS = tl.constexpr(1)
+
+
+# --- device helpers ---
+
+
+@triton.jit
+def _along(AXIS: tl.constexpr, x):
+    """A vector as a tensor of four dimensions, along one of them."""
+    if AXIS == 0:
+        return x[:, None, None, None]
+    elif AXIS == 1:
+        return x[None, :, None, None]
+    elif AXIS == 2:
+        return x[None, None, :, None]
+    else:
+        return x[None, None, None, :]
 
 
 @triton.jit
 def _axes(head_block, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Row (1, R, 1, 1), key head (1, 1, H, 1) and column (1, 1, 1, D) of this program."""
-    row = tl.arange(0, BLOCK_R)[None, :, None, None]
-    kv_head = (head_block * BLOCK_H + tl.arange(0, BLOCK_H))[None, None, :, None]
-    return row, kv_head, tl.arange(0, BLOCK_D)[None, None, None, :]
+    """Row (R), key head (H) and column (D) of this program, each along its dimension."""
+    kv_head = _along(HEAD_AXIS, head_block * BLOCK_H + tl.arange(0, BLOCK_H))
+    return _along(ROW_AXIS, tl.arange(0, BLOCK_R)), kv_head, _along(3, tl.arange(0, BLOCK_D))
 
 
 @triton.jit
 def _query_rows(g, row, kv_head, SLOTS: tl.constexpr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr):
-    """Of each (1, R, H, 1) of range g: its query, its query head, and whether it exists."""
+    """Of each (R, H) of range g: its query, its query head, and whether it exists."""
     exists = (row < SLOTS * GROUP) & (kv_head < KV_HEADS)
     return g.to(tl.int64) * SLOTS + row // GROUP, kv_head * GROUP + row % GROUP, exists
 
@@ -87,10 +107,10 @@ def patch_forward(
     end = tl.load(stop + g * SLOTS)
     k += kv_head.to(tl.int64) * k_head + column
     v += kv_head.to(tl.int64) * v_head + column
-    token = tl.arange(0, TOKENS)[:, None, None, None]
-    peak = tl.full([1, BLOCK_R, BLOCK_H, 1], -float("inf"), tl.float32)
-    total = tl.zeros([1, BLOCK_R, BLOCK_H, 1], tl.float32)
-    accumulator = tl.zeros([1, BLOCK_R, BLOCK_H, BLOCK_D], tl.float32)
+    token = _along(TOKEN_AXIS, tl.arange(0, TOKENS))
+    peak = tl.full(exists.shape, -float("inf"), tl.float32)
+    total = tl.zeros(exists.shape, tl.float32)
+    accumulator = tl.zeros(q_tile.shape, tl.float32)
     for t in range(first, end, TOKENS):
         key = (t + token).to(tl.int64)
         mask = (key < end) & (kv_head < KV_HEADS) & (column < D)
@@ -98,11 +118,13 @@ def patch_forward(
         v_tile = _load(v + key * v_row, mask)
         scores = tl.sum(k_tile * q_tile, 3, keep_dims=True) * qk_scale
         scores = tl.where(key < end, scores, -float("inf"))
-        raised = tl.maximum(peak, tl.max(scores, 0, keep_dims=True))  # key t is in the range
+        raised = tl.maximum(
+            peak, tl.max(scores, TOKEN_AXIS, keep_dims=True)
+        )  # key t is in the range
         weights = tl.exp2(scores - raised)
         shrink = tl.exp2(peak - raised)
-        total = total * shrink + tl.sum(weights, 0, keep_dims=True)
-        accumulator = accumulator * shrink + tl.sum(weights * v_tile, 0, keep_dims=True)
+        total = total * shrink + tl.sum(weights, TOKEN_AXIS, keep_dims=True)
+        accumulator = accumulator * shrink + tl.sum(weights * v_tile, TOKEN_AXIS, keep_dims=True)
         peak = raised
 
     some = total > 0
@@ -145,8 +167,8 @@ def patch_backward(
     v += kv_head.to(tl.int64) * v_head + column
     grad_k += kv_head.to(tl.int64) * D + column
     grad_v += kv_head.to(tl.int64) * D + column
-    token = tl.arange(0, TOKENS)[:, None, None, None]
-    accumulator = tl.zeros([1, BLOCK_R, BLOCK_H, BLOCK_D], tl.float32)
+    token = _along(TOKEN_AXIS, tl.arange(0, TOKENS))
+    accumulator = tl.zeros(q_tile.shape, tl.float32)
     for t in range(first, end, TOKENS):
         key = (t + token).to(tl.int64)
         inside = (key < end) & (kv_head < KV_HEADS) & (column < D)
@@ -156,24 +178,23 @@ def patch_backward(
         weights = tl.where(key < end, tl.exp2(scores - row_lse), 0.0)
         grad_weights = tl.sum(v_tile * grad_tile, 3, keep_dims=True)
         grad_scores = weights * (grad_weights - dots) * scale
-        accumulator += tl.sum(grad_scores * k_tile, 0, keep_dims=True)
-        k_sum = tl.sum(grad_scores * q_tile, 1, keep_dims=True)
-        v_sum = tl.sum(weights * grad_tile, 1, keep_dims=True)
+        accumulator += tl.sum(grad_scores * k_tile, TOKEN_AXIS, keep_dims=True)
+        k_sum = tl.sum(grad_scores * q_tile, ROW_AXIS, keep_dims=True)
+        v_sum = tl.sum(weights * grad_tile, ROW_AXIS, keep_dims=True)
         offsets = key * (KV_HEADS * D)
         tl.store(grad_k + offsets, k_sum.to(grad_k.dtype.element_ty), mask=inside)
         tl.store(grad_v + offsets, v_sum.to(grad_v.dtype.element_ty), mask=inside)
     tl.store(grad_q + out_row * D + column, accumulator.to(grad_q.dtype.element_ty), mask=owned)
 
     # Zeros for the keys that no query reads: up to the next range, and before the first one.
-    nowhere = tl.zeros([TOKENS, 1, BLOCK_H, BLOCK_D], grad_k.dtype.element_ty)
     after = tl.load(start + (g + 1) * SLOTS, mask=g + 1 < num_ranges, other=num_keys)
     gap = tl.where(g == 0, 0, end)
     for t in range(gap, after, TOKENS):
         key = (t + token).to(tl.int64)
         unread = (key < after) & ((key < first) | (key >= end))
         unread = unread & (kv_head < KV_HEADS) & (column < D)
-        tl.store(grad_k + key * (KV_HEADS * D), nowhere, mask=unread)
-        tl.store(grad_v + key * (KV_HEADS * D), nowhere, mask=unread)
+        tl.store(grad_k + key * (KV_HEADS * D), 0.0, mask=unread)
+        tl.store(grad_v + key * (KV_HEADS * D), 0.0, mask=unread)
 
 
 # --- launchers ---
