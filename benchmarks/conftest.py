@@ -1,15 +1,19 @@
-"""One table of ratios at the end of a run, whatever the number of files."""
+"""One table of ratios at the end of a run, whatever the number of files.
 
-import os
-import platform
-import subprocess
+``--results DIR`` also writes the table to ``DIR/kernels-<processor>-<date>.json``, with machine,
+versions and commit.
+"""
+
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import pytest
-import torch
+
+from benchmarks.machine import describe_machine, file_stem
 
 HEADER = ("case", "ours", "peer", "peer's", "ratio", "at least", "")
 
@@ -36,6 +40,10 @@ class Row:
         return (
             self.case, self.ours, self.peer, self.theirs, f"{self.ratio:.2f}", floor, verdict,
         )  # fmt: skip
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--results", type=Path, help="folder of the result file")
 
 
 _rows = pytest.StashKey[list[Row]]()
@@ -136,14 +144,21 @@ def pytest_terminal_summary(
         return
     lines = [HEADER, *(row.cells() for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    about = describe_machine()
     terminalreporter.section("ratios")
-    terminalreporter.write_line(_machine())
+    terminalreporter.write_line(_machine(about))
     for line in lines:
         cells = [
             cell.rjust(width) if number in (1, 3, 4, 5) else cell.ljust(width)
             for number, (cell, width) in enumerate(zip(line, widths, strict=True))
         ]
         terminalreporter.write_line("  ".join(cells).rstrip())
+    if folder := config.getoption("--results"):
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"kernels-{file_stem(about)}.json"
+        result = {"machine": about, "rows": [asdict(row) | {"passed": row.passed} for row in rows]}
+        path.write_text(json.dumps(result, indent=2) + "\n")
+        terminalreporter.write_line(f"written to {path}")
 
 
 def _seconds(call: Callable[[], object]) -> float:
@@ -156,21 +171,9 @@ def _milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.2f} ms"
 
 
-def _machine() -> str:
+def _machine(about: dict[str, Any]) -> str:
     """What the figures are of: the processor, how busy it was, the versions and the commit."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    describe = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return ", ".join(
-        [
-            names[0] if names else platform.processor() or platform.machine(),
-            f"{torch.get_num_threads()} threads",
-            f"load {os.getloadavg()[0]:.1f}",
-            f"torch {torch.__version__}",
-            f"commit {describe.stdout.strip() or 'unknown'}",
-        ]
+    return (
+        f"{about['device']}, {about['threads']} threads, load {about['load']:.1f}, "
+        f"torch {about['torch']}, commit {about['commit']}"
     )

@@ -39,7 +39,7 @@ def describe_machine(device: torch.device | None = None) -> dict[str, Any]:
 
 def file_stem(about: dict[str, Any]) -> str:
     """``nvidia-h200-2026-11-21``: the device and the day, for the name of a result file."""
-    device = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
+    device = re.sub(r"[^a-z0-9]+", "-", about["device"].lower().replace("(r)", "")).strip("-")
     return f"{device}-{about['date']}"
 
 

@@ -43,7 +43,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lst_kernels.ranges import KeyRanges, causal_ranges, tighten
+from lst_kernels.ranges import KeyRanges, at_or_below, causal_ranges, tighten
 
 __all__ = ["PatchLayout"]
 
@@ -265,8 +265,7 @@ class PatchLayout:
         """The patch decoder: token t reads every slot of the last ``window`` patches (None: of all
         patches) of its document that are readable at t. T queries, P·S keys."""
         _check_window(window, slots)
-        token = torch.arange(self.num_tokens, dtype=torch.int32, device=self.device)
-        stop = torch.searchsorted(self.readable_from, token, right=True, out_int32=True)
+        stop = at_or_below(self.readable_from, self.num_tokens)
         start = self._first_patches()[self.patch_ids]
         if window is not None:
             start = torch.maximum(start, stop - window)
@@ -356,8 +355,8 @@ def _assemble(
     patch = torch.arange(num_patches, dtype=torch.int32, device=device)
     token = torch.arange(num_tokens, dtype=torch.int32, device=device)
     cu_tokens = cu_patches[cu_documents]
-    patch_ids = torch.searchsorted(cu_patches, token, right=True, out_int32=True) - 1
-    document = torch.searchsorted(cu_documents, patch, right=True) - 1  # (P,)
+    patch_ids = at_or_below(cu_patches, num_tokens) - 1
+    document = at_or_below(cu_documents, num_patches) - 1  # (P,)
     first_patch, first_token = cu_documents[document], cu_tokens[document]  # (P,) each
 
     if readable_from is None:
@@ -369,7 +368,7 @@ def _assemble(
     next_readable = torch.cat((readable_from[1:], readable_from.new_full((1,), num_tokens)))
     replaced_at = torch.minimum(next_readable[:num_patches], cu_tokens[document + 1])
     replaced_at[num_live:] = num_tokens
-    last = torch.searchsorted(readable_from, token, right=True, out_int32=True) - 1
+    last = at_or_below(readable_from, num_tokens) - 1
     readable_ids = torch.where(last >= first_patch[patch_ids], last, -1)
 
     exact = device.type == "cpu"

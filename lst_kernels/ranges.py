@@ -193,7 +193,7 @@ def causal_ranges(
     if window is not None and window < 1:
         raise ValueError(f"window counts the row itself, so it is at least 1; got {window}")
     row = torch.arange(num_rows, dtype=torch.int32, device=cu.device)
-    start = cu[torch.searchsorted(cu, row, right=True) - 1]
+    start = cu[at_or_below(cu, num_rows) - 1]
     if window is not None:
         start = torch.maximum(start, row - (window - 1))
     ranges = KeyRanges(start.clamp(max=num_live), (row + 1).clamp(max=num_live), num_rows)
@@ -218,9 +218,7 @@ def tighten(
 def _plan(start: Tensor, stop: Tensor, num_keys: int) -> dict[str, Tensor | int | bool]:
     """The transpose and the host values. Key j is read by the queries with start <= j < stop:
     those before the first start > j, and from the first stop > j on."""
-    keys = torch.arange(num_keys, dtype=torch.int32, device=start.device)
-    query_start = torch.searchsorted(stop, keys, right=True, out_int32=True)
-    query_stop = torch.searchsorted(start, keys, right=True, out_int32=True)
+    query_start, query_stop = at_or_below(stop, num_keys), at_or_below(start, num_keys)
     plan: dict[str, Tensor | int | bool] = {
         "query_start": query_start,
         "query_stop": query_stop,
@@ -246,6 +244,22 @@ def _plan(start: Tensor, stop: Tensor, num_keys: int) -> dict[str, Tensor | int 
         "slots": queries_per_range(start, stop),
         "key_slots": queries_per_range(query_start, query_stop),
     }
+
+
+def at_or_below(values: Tensor, count: int) -> Tensor:
+    """How many of ``values``, which never decrease and are not negative, are at most 0, 1, 2 …
+
+    Args:
+        values: (M,) int32.
+        count: how many answers; one for each of 0 … count - 1.
+
+    Returns:
+        (count,) int32.
+    """
+    if _is_host(values):  # one pass over either; on a device, bincount would wait for it
+        return torch.bincount(values, minlength=count)[:count].cumsum(0, dtype=torch.int32)
+    asked = torch.arange(count, dtype=torch.int32, device=values.device)
+    return torch.searchsorted(values, asked, right=True, out_int32=True)
 
 
 def assemble(**fields: object) -> KeyRanges:
