@@ -18,9 +18,12 @@ from torch import Tensor
 from lst_kernels import native
 from lst_kernels.ranges import KeyRanges
 
-pytestmark = pytest.mark.skipif(
-    native.unavailable_reason() is not None, reason=str(native.unavailable_reason())
-)
+pytestmark = [
+    pytest.mark.skipif(
+        native.unavailable_reason() is not None, reason=str(native.unavailable_reason())
+    ),
+    pytest.mark.usefixtures("poison"),
+]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 FAMILIES = ("patch-owned", "tiled")
@@ -134,13 +137,6 @@ def check(ranges: KeyRanges, shape: tuple[int, int, int], dtype: torch.dtype, fa
     assert torch.equal(lse[~finite], expected[~finite])
     tolerance = 1e-12 if dtype == torch.float64 else 8e-6
     torch.testing.assert_close(lse[finite], expected[finite], rtol=0, atol=tolerance)
-
-
-@pytest.fixture(autouse=True)
-def poison(monkeypatch: pytest.MonkeyPatch):
-    """Fresh memory holds NaN, so an element that is never written shows."""
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
 
 
 @pytest.fixture(params=LEVELS)
