@@ -1,7 +1,8 @@
 """Between tokens and patches, without attention.
 
     patch_pool:    out[p] = reduce of x[t] over the tokens t of patch p
-    patch_expand:  out[t] = z[p], of the token's own patch (shift 0) or the last readable one (1)
+    patch_expand:  out[t] = z[p], of the token's own patch (shift 0) or the last readable one (1),
+                   and with a residual  out[t] = residual[t] + z[p]
 
     >>> import torch
     >>> from lst_kernels import PatchLayout, patch_expand, patch_pool
@@ -30,6 +31,7 @@ __all__ = ["patch_expand", "patch_pool"]
 
 Reduce: TypeAlias = Literal["mean", "sum", "max", "min", "first", "last"]
 REDUCES = ("mean", "sum", "max", "min", "first", "last")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def patch_pool(
@@ -49,7 +51,7 @@ def patch_pool(
 
     Raises:
         ValueError: a shape or a device does not fit, or the backend asked for cannot run this.
-        TypeError: x is not floating point.
+        TypeError: x is of another dtype.
     """
     if reduce not in REDUCES:
         raise ValueError(f"reduce must be one of {', '.join(REDUCES)}; got {reduce!r}")
@@ -60,33 +62,43 @@ def patch_pool(
 
 
 def patch_expand(
-    z: Tensor, layout: PatchLayout, shift: Literal[0, 1] = 0, *, backend: str = "auto"
+    z: Tensor,
+    layout: PatchLayout,
+    shift: Literal[0, 1] = 0,
+    residual: Tensor | None = None,
+    *,
+    backend: str = "auto",
 ) -> Tensor:
-    """Give every token the row of a patch.
+    """Give every token the row of a patch, or add that row to the token's own.
 
     Args:
         z: (P, …), float32, bfloat16, float16 or float64.
         layout: of P patches, on z's device.
         shift: 0 for the token's own patch; 1 for the last patch of its document that is readable at
             it (`PatchLayout.closed_late`), so that no row tells of later tokens.
+        residual: (T, …), in z's dtype and with z's row shape, to add the rows to: in the same pass
+            over memory, in float32. Its gradient is that of the result.
         backend: a backend's name, or "auto" (see `lst_kernels.backends`).
 
     Returns:
-        (T, …) in z's dtype, 0 where no patch is readable yet.
+        (T, …) in z's dtype. Where no patch is readable yet, 0 or the residual alone.
 
     Raises:
         ValueError: a shape or a device does not fit, or the backend asked for cannot run this.
-        TypeError: z is not floating point.
+        TypeError: z is of another dtype, or residual is not of z's.
     """
     if shift not in (0, 1):
         raise ValueError(f"shift must be 0 or 1; got {shift!r}")
     _check_rows("z", z, layout.num_patches, "patches", layout)
+    if residual is not None:
+        _check_residual(residual, z, layout)
+        residual = _flat(residual)
     if shift == 0:
         ids, start, stop = layout.patch_ids, layout.cu_patches[:-1], layout.cu_patches[1:]
     else:
         ids, start, stop = layout.readable_ids, layout.readable_from, layout.replaced_at
     chosen = _choose("patch_expand", z, None, backend)
-    rows = torch.ops.lst_kernels.patch_expand(_flat(z), ids, start, stop, chosen)
+    rows = torch.ops.lst_kernels.patch_expand(_flat(z), ids, start, stop, residual, chosen)
     return rows.view(layout.num_tokens, *z.shape[1:])
 
 
@@ -106,17 +118,29 @@ def _describe_pool(x: Tensor, layout: PatchLayout, reduce: Reduce = "mean") -> b
 
 
 @backends.describes("patch_expand")
-def _describe_expand(z: Tensor, layout: PatchLayout, shift: Literal[0, 1] = 0) -> backends.Call:
+def _describe_expand(
+    z: Tensor, layout: PatchLayout, shift: Literal[0, 1] = 0, residual: Tensor | None = None
+) -> backends.Call:
     return backends.Call("patch_expand", z.device.type, z.dtype)
 
 
 def _check_rows(name: str, x: Tensor, num_rows: int, kind: str, layout: PatchLayout) -> None:
-    if not x.is_floating_point():
-        raise TypeError(f"{name} must be floating point; got {x.dtype}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64; got {x.dtype}")
     if x.ndim == 0 or x.shape[0] != num_rows:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, but the layout has {num_rows} {kind}")
     if x.device != layout.device:
         raise ValueError(f"layout is on {layout.device}, but {name} is on {x.device}")
+
+
+def _check_residual(residual: Tensor, z: Tensor, layout: PatchLayout) -> None:
+    if residual.dtype != z.dtype:
+        raise TypeError(f"residual is {residual.dtype}, but z is {z.dtype}")
+    _check_rows("residual", residual, layout.num_tokens, "tokens", layout)
+    if residual.shape[1:] != z.shape[1:]:
+        raise ValueError(
+            f"residual has rows of shape {tuple(residual.shape[1:])}, but z of {tuple(z.shape[1:])}"
+        )
 
 
 # --- the operators ---
@@ -126,7 +150,8 @@ for _schema in (
     "patch_pool(Tensor x, Tensor cu_patches, str reduce, str backend) -> (Tensor, Tensor)",
     "patch_pool_backward(Tensor grad, Tensor cu_patches, Tensor index, str reduce, "
     "SymInt num_tokens, str backend) -> Tensor",
-    "patch_expand(Tensor z, Tensor ids, Tensor start, Tensor stop, str backend) -> Tensor",
+    "patch_expand(Tensor z, Tensor ids, Tensor start, Tensor stop, Tensor? residual, str backend)"
+    " -> Tensor",
     "patch_expand_backward(Tensor grad, Tensor ids, Tensor start, Tensor stop, str backend)"
     " -> Tensor",
 ):
@@ -163,12 +188,17 @@ def _pool_backward_fake(
 
 
 @torch.library.impl(_lib, "patch_expand", "CompositeExplicitAutograd")
-def _expand(z: Tensor, ids: Tensor, start: Tensor, stop: Tensor, backend: str) -> Tensor:
-    return backends.load(backend).patch_expand(z.contiguous(), ids)
+def _expand(
+    z: Tensor, ids: Tensor, start: Tensor, stop: Tensor, residual: Tensor | None, backend: str
+) -> Tensor:
+    residual = None if residual is None else residual.contiguous()
+    return backends.load(backend).patch_expand(z.contiguous(), ids, residual)
 
 
 @torch.library.register_fake("lst_kernels::patch_expand", lib=_lib)
-def _expand_fake(z: Tensor, ids: Tensor, start: Tensor, stop: Tensor, backend: str) -> Tensor:
+def _expand_fake(
+    z: Tensor, ids: Tensor, start: Tensor, stop: Tensor, residual: Tensor | None, backend: str
+) -> Tensor:
     return z.new_empty(ids.shape[0], z.shape[1])
 
 
@@ -201,13 +231,14 @@ def _differentiate_pool(ctx: Any, grad: Tensor, grad_index: Tensor) -> tuple[Ten
 
 
 def _setup_expand(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, ids, start, stop, ctx.backend = inputs
+    _, ids, start, stop, residual, ctx.backend = inputs
+    ctx.has_residual = residual is not None
     ctx.save_for_backward(ids, start, stop)
 
 
 def _differentiate_expand(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     total = torch.ops.lst_kernels.patch_expand_backward(grad, *ctx.saved_tensors, ctx.backend)
-    return total, None, None, None, None
+    return total, None, None, None, grad if ctx.has_residual else None, None
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -156,11 +156,14 @@ def patch_pool_backward(
     return share.masked_fill_(index[patch_ids] != token, 0)
 
 
-def patch_expand(z: Tensor, ids: Tensor) -> Tensor:
-    """Row ``ids[t]`` of z (P, F) for every token t, 0 where the id is -1. → (T, F)."""
+def patch_expand(z: Tensor, ids: Tensor, residual: Tensor | None = None) -> Tensor:
+    """Row ``ids[t]`` of z (P, F) for every token t, 0 where the id is -1, plus row t of the
+    residual (T, F) where there is one. → (T, F)."""
     if len(z) == 0:
-        return z.new_zeros(len(ids), z.shape[1])
-    return z[ids.clamp(min=0)].masked_fill_((ids < 0)[:, None], 0)
+        rows = z.new_zeros(len(ids), z.shape[1])
+    else:
+        rows = z[ids.clamp(min=0)].masked_fill_((ids < 0)[:, None], 0)
+    return rows if residual is None else rows.add_(residual)
 
 
 def patch_expand_backward(grad: Tensor, ids: Tensor, start: Tensor, stop: Tensor) -> Tensor:

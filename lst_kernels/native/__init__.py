@@ -38,7 +38,7 @@ Reduce: TypeAlias = Literal["mean", "sum", "max", "min", "first", "last"]
 LIBRARY = Path(__file__).with_name(
     "liblst_kernels" + {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 )
-ABI_VERSION = 3
+ABI_VERSION = 4
 LEVELS = ("portable", "avx2", "avx512")
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 _FAMILY_CODES = {"auto": 0, "patch-owned": 1, "tiled": 2}
@@ -76,7 +76,7 @@ _POINTER, _SIZE, _CODE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _ARGUMENTS = {
     "lst_patch_pool_forward": [_POINTER] * 4 + [_SIZE] * 3 + [_CODE] * 3,
     "lst_patch_pool_backward": [_POINTER] * 4 + [_SIZE] * 3 + [_CODE] * 3,
-    "lst_patch_expand_forward": [_POINTER] * 3 + [_SIZE] * 3 + [_CODE] * 2,
+    "lst_patch_expand_forward": [_POINTER] * 4 + [_SIZE] * 3 + [_CODE] * 2,
     "lst_patch_expand_backward": [_POINTER] * 4 + [_SIZE] * 3 + [_CODE] * 2,
     "lst_range_attention_forward": [ctypes.POINTER(_RangeAttention)],
     "lst_range_attention_backward": [ctypes.POINTER(_RangeAttention)],
@@ -220,12 +220,13 @@ def patch_pool_backward(
     return grad_x.to(dtype)
 
 
-def patch_expand(z: Tensor, ids: Tensor) -> Tensor:
-    """Give every token t the row ``ids[t]``.
+def patch_expand(z: Tensor, ids: Tensor, residual: Tensor | None = None) -> Tensor:
+    """Give every token t the row ``ids[t]``, or add it to the token's own.
 
     Args:
         z: (P, F), contiguous, on the CPU, of a dtype as in :func:`patch_pool`.
         ids: (T,) int32 in -1 … P - 1; -1 gives 0.
+        residual: (T, F), contiguous, in z's dtype: what the rows are added to.
 
     Returns:
         (T, F) in z's dtype.
@@ -235,8 +236,15 @@ def patch_expand(z: Tensor, ids: Tensor) -> Tensor:
     """
     dtype, z = z.dtype, _rows("z", z)
     _check("ids", ids, torch.int32, 1)
-    out = z.new_empty(ids.shape[0], z.shape[1])
-    _call("lst_patch_expand_forward", z, ids, out, ids.shape[0], *z.shape, *_dtype_threads(z))
+    shape = (ids.shape[0], z.shape[1])
+    if residual is not None:
+        residual = _rows("residual", residual)
+        if residual.shape != shape or residual.dtype != z.dtype:
+            got = f"{tuple(residual.shape)} of {residual.dtype}"
+            raise ValueError(f"residual: expected {shape} of {z.dtype}, got {got}")
+    out = z.new_empty(shape)
+    buffers = (z, ids, residual, out)
+    _call("lst_patch_expand_forward", *buffers, ids.shape[0], *z.shape, *_dtype_threads(z))
     return out.to(dtype)
 
 

@@ -182,6 +182,12 @@ def test_patch_expand_is_the_loop(shift, dtype):
     out.backward(grad.to(DEVICE, dtype))
     for ours, eager, oracle in zip((out.detach(), leaf.grad), *results, strict=True):
         POOLING.within_budget(ours.cpu(), eager, oracle, dtype)
+    residual = POOLING.values(dtype, layout.num_tokens, 72, seed=1)
+    added = patch_expand(
+        leaf, layout.to(DEVICE), shift, residual.to(DEVICE, dtype), backend=BACKEND
+    )
+    eager, oracle = (residual.to(rows.dtype) + rows for rows, _ in results)
+    POOLING.within_budget(added.detach().cpu(), eager, oracle, dtype)
 
 
 def every_op(backend, dtype=torch.bfloat16):
@@ -220,6 +226,11 @@ def every_op(backend, dtype=torch.bfloat16):
             lambda z, by=shift: patch_expand(z, moved, by, backend=backend),
             rows(layout.num_patches, 64),
         )
+    calls["patch_expand-residual"] = trained(
+        lambda z, x: patch_expand(z, moved, 1, x, backend=backend),
+        rows(layout.num_patches, 64),
+        rows(layout.num_tokens, 64),
+    )
     return calls
 
 
@@ -230,7 +241,8 @@ def calls():
 
 OPS_BY_NAME = [
     *PATTERNS, "auto-sliding-100", "auto-causal",
-    *[f"patch_pool-{reduce}" for reduce in POOLING.REDUCES], "patch_expand-0", "patch_expand-1",
+    *[f"patch_pool-{reduce}" for reduce in POOLING.REDUCES],
+    "patch_expand-0", "patch_expand-1", "patch_expand-residual",
 ]  # fmt: skip
 
 
@@ -319,7 +331,8 @@ def test_patch_pool_and_patch_expand_pass_opcheck(reduce):
     z = torch.randn(layout.num_patches, 8, device=DEVICE, requires_grad=True)
     torch.library.opcheck(OPS.patch_pool.default, (x, layout.cu_patches, reduce, BACKEND))
     readers = (layout.readable_ids, layout.readable_from, layout.replaced_at)
-    torch.library.opcheck(OPS.patch_expand.default, (z, *readers, BACKEND))
+    for residual in (None, x):
+        torch.library.opcheck(OPS.patch_expand.default, (z, *readers, residual, BACKEND))
 
 
 def test_compiled_code_is_one_graph_for_ten_batches_with_the_gradients_of_eager_code():
@@ -331,7 +344,8 @@ def test_compiled_code_is_one_graph_for_ten_batches_with_the_gradients_of_eager_
         slots = range_attention(slots, k, k, encoder, backend=BACKEND)
         read = range_attention(q, slots, slots, decoder, backend=BACKEND)
         z = slots.flatten(1)
-        return read.square().sum() + patch_expand(z, layout, 1, backend=BACKEND).square().sum()
+        context = patch_expand(z, layout, 1, x, backend=BACKEND)
+        return read.square().sum() + context.square().sum()
 
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
     for seed in range(10):

@@ -6,9 +6,12 @@ from torch import Tensor
 
 from lst_kernels import native, reference
 
-pytestmark = pytest.mark.skipif(
-    native.unavailable_reason() is not None, reason=str(native.unavailable_reason())
-)
+pytestmark = [
+    pytest.mark.skipif(
+        native.unavailable_reason() is not None, reason=str(native.unavailable_reason())
+    ),
+    pytest.mark.usefixtures("poison"),
+]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "max", "min", "first", "last")
@@ -73,6 +76,8 @@ def test_expansion_equals_the_reference(level, dtype: torch.dtype):
     for width in WIDTHS:
         z, grad = rows(len(start), width, dtype), rows(len(ids), width, dtype)
         assert_same(native.patch_expand(z, ids), reference.patch_expand(z, ids), exactly=True)
+        both = native.patch_expand(z, ids, grad), reference.patch_expand(z, ids, grad)
+        assert_same(*both, exactly=True)
         args = (grad, ids, start, stop)
         sums = native.patch_expand_backward(*args), reference.patch_expand_backward(*args)
         assert_same(*sums, exactly=False)
@@ -82,6 +87,19 @@ def test_expansion_equals_the_reference(level, dtype: torch.dtype):
 def test_ids_outside_the_patches_are_refused(ids: list[int], message: str):
     with pytest.raises(ValueError, match=message):
         native.patch_expand(torch.zeros(2, 3), torch.tensor(ids, dtype=torch.int32))
+
+
+@pytest.mark.parametrize(
+    ("residual", "message"),
+    [
+        (torch.zeros(3, 3), r"residual: expected \(2, 3\) of torch.float32, got \(3, 3\)"),
+        (torch.zeros(2, 3).double(), "residual: expected .* got .* of torch.float64"),
+        (torch.zeros(3, 2).T, "residual: expected contiguous"),
+    ],
+)
+def test_a_wrong_residual_is_refused(residual: Tensor, message: str):
+    with pytest.raises(ValueError, match=message):
+        native.patch_expand(torch.zeros(2, 3), torch.tensor([0, 1]).int(), residual)
 
 
 def test_readers_outside_the_tokens_are_refused():

@@ -1,8 +1,5 @@
 """Every op is a torch operator: traced whole, checked by opcheck, counted, at home in autocast."""
 
-import doctest
-import importlib
-
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -74,7 +71,8 @@ def test_patch_pool_passes_opcheck(name, reduce):
 @pytest.mark.parametrize("name", can_run("patch_expand"))
 def test_patch_expand_passes_opcheck(name):
     readers = (LAYOUT.readable_ids, LAYOUT.readable_from, LAYOUT.replaced_at)
-    torch.library.opcheck(OPS.patch_expand.default, (rows(6, 3), *readers, name))
+    for residual in (None, rows(11, 3)):
+        torch.library.opcheck(OPS.patch_expand.default, (rows(6, 3), *readers, residual, name))
     torch.library.opcheck(OPS.patch_expand_backward.default, (rows(11, 3).detach(), *readers, name))
 
 
@@ -93,7 +91,8 @@ def model(q, k, v, x, layout, encoder, decoder, window, causal):
         max_length=layout.max_document_tokens,
         ranges=window,
     )
-    return h.square().sum() + patch_expand(slots, layout, shift=1).square().sum()
+    context = patch_expand(slots.flatten(1), layout, 1, read.flatten(1))
+    return h.square().sum() + patch_expand(slots, layout).square().sum() + context.square().sum()
 
 
 def model_inputs(lengths, patches_per_document):
@@ -109,24 +108,84 @@ def model_inputs(lengths, patches_per_document):
     return tensors, (layout, *ranges)
 
 
-def test_compiled_ops_are_one_graph_that_other_sizes_run_again():
+# Ten batches of different numbers of tokens, patches and documents, some patches empty.
+STREAMS = [
+    ([3, 2, 5, 1], [2, 2]),
+    ([3, 2, 2, 5, 1], [2, 2, 1]),
+    ([4] * 9, [5, 4]),
+    ([7, 0, 3, 4], [2, 2]),
+    *[([1, 2, 0, 5, 3] * n, [2] * n + [3] * n) for n in (2, 3, 4, 5, 6, 7)],
+]
+
+
+def check_compiled(function, batches):
+    """``batches``: (leaves, plans) of each call, ``function(*leaves, *plans)`` a tensor."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
-    for stream in (
-        ([3, 2, 5, 1], [2, 2]),
-        ([3, 2, 2, 5, 1], [2, 2, 1]),
-        ([4] * 9, [5, 4]),
-        ([7, 0, 3, 4], [2, 2]),
-    ):
-        tensors, plans = model_inputs(*stream)
-        ours, eager = (f(*tensors, *plans) for f in (compiled, model))
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
+    for leaves, plans in batches:
+        ours, eager = (f(*leaves, *plans) for f in (compiled, function))
         assert torch.equal(ours, eager)
+        grad = torch.randn_like(eager)
         for x, y in zip(
-            torch.autograd.grad(ours, tensors), torch.autograd.grad(eager, tensors), strict=True
+            torch.autograd.grad(ours, leaves, grad),
+            torch.autograd.grad(eager, leaves, grad),
+            strict=True,
         ):
             assert torch.equal(x, y)
     assert counter.frame_count == 1
+
+
+def test_compiled_ops_are_one_graph_that_other_sizes_run_again():
+    check_compiled(model, [model_inputs(*stream) for stream in STREAMS])
+
+
+ONE_OP = {
+    "encoder": lambda x, z, layout, encoder, *_: range_attention(z, x, x, encoder),
+    "decoder": lambda x, z, layout, encoder, decoder, *_: range_attention(x, z, z, decoder),
+    "sliding_window": lambda x, z, layout, encoder, decoder, window, causal: (
+        sliding_window_attention(
+            *(x, x, x, layout.cu_tokens),
+            window=4,
+            max_length=layout.max_document_tokens,
+            ranges=window,
+        )
+        + 0 * z.sum()
+    ),
+    "block_causal": lambda x, z, layout, encoder, decoder, window, causal: (
+        block_causal_attention(
+            *(z, z, z, layout.cu_documents),
+            max_length=layout.max_document_patches,
+            ranges=causal,
+        )
+        + 0 * x.sum()
+    ),
+    **{
+        f"patch_pool-{reduce}": lambda x, z, layout, *_, reduce=reduce: (
+            patch_pool(x, layout, reduce) + z
+        )
+        for reduce in ("mean", "sum", "max", "min", "first", "last")
+    },
+    "patch_expand-own": lambda x, z, layout, *_: patch_expand(z, layout) * x,
+    "patch_expand-shifted": lambda x, z, layout, *_: patch_expand(z, layout, shift=1) * x,
+    "patch_expand-residual": lambda x, z, layout, *_: patch_expand(z, layout, 1, x),
+}
+
+
+@pytest.mark.parametrize("op", ONE_OP.values(), ids=ONE_OP)
+def test_a_compiled_op_is_eager_and_never_compiled_again(op):
+    batches = []
+    for stream in STREAMS:
+        layout = PatchLayout.from_lengths(*stream)
+        ranges = (
+            layout.patches_read_tokens(),
+            layout.tokens_read_patches(2),
+            layout.sliding_window(4),
+            layout.block_causal(),
+        )
+        leaves = [rows(layout.num_tokens, 2, 16), rows(layout.num_patches, 2, 16)]
+        batches.append((leaves, (layout, *ranges)))
+    check_compiled(op, batches)
 
 
 def test_the_backend_of_compiled_code_is_that_of_its_tracing():
@@ -179,12 +238,3 @@ def test_a_second_derivative_is_refused_rather_than_wrong(call):
     (first,) = torch.autograd.grad(call(x).square().sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="no second derivative"):
         first.sum().backward()
-
-
-@pytest.mark.parametrize(
-    "module", ["", ".layout", ".ranges", ".attention", ".pooling", ".backends"]
-)
-def test_the_examples_of_the_docstrings_run(module):
-    results = doctest.testmod(importlib.import_module(f"lst_kernels{module}"))
-    assert results.attempted
-    assert not results.failed

@@ -1,7 +1,8 @@
 """Pooling and expansion are what a loop over patches and tokens makes of their definition.
 
 The oracle is that loop in float64, its gradients written out by hand. A backend's error may be
-twice that of the loop in the same dtype, plus four roundings of the largest value.
+twice that of the loop in the same dtype, plus four roundings of the largest value. Results and
+gradients are written into poisoned memory.
 """
 
 import re
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 
 from lst_kernels import PatchLayout, patch_expand, patch_pool
 from lst_kernels.backends import BACKENDS, Call
+
+pytestmark = pytest.mark.usefixtures("poison")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCES = ("mean", "sum", "max", "min", "first", "last")
@@ -59,9 +62,9 @@ def make(stream):
     )
 
 
-def values(dtype, *shape, levels=None):
+def values(dtype, *shape, levels=None, seed=0):
     """float64 values that ``dtype`` can hold; few levels make ties."""
-    generator = torch.Generator().manual_seed(len(shape) + shape[0])
+    generator = torch.Generator().manual_seed(seed + len(shape) + shape[0])
     if levels:
         return torch.randint(levels, shape, generator=generator).double()
     return torch.randn(shape, generator=generator).to(dtype).double()
@@ -118,6 +121,7 @@ def largest(x):
 def within_budget(ours, eager, oracle, dtype):
     assert ours.dtype == dtype
     assert ours.shape == oracle.shape
+    assert ours.isfinite().all(), "has elements that nothing wrote"
     allowed = 2 * largest(eager - oracle) + 4 * torch.finfo(dtype).eps * largest(oracle)
     assert largest(ours - oracle) <= allowed
 
@@ -162,6 +166,82 @@ def test_a_token_gets_the_row_of_its_patch(shift, backend, dtype, stream):
         results.append((out.detach(), z.grad))
     for oracle, eager, ours in zip(*results, strict=True):
         within_budget(ours, eager, oracle, dtype)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), EXPANDS)
+@pytest.mark.parametrize("shift", [0, 1])
+@with_edges
+@given(stream=streams)
+def test_a_residual_gets_the_row_of_its_tokens_patch_added(shift, backend, dtype, stream):
+    layout = make(stream)
+
+    def added(z, residual):
+        return residual + expand_loop(z, layout, shift)
+
+    def fused(z, residual):
+        return patch_expand(z, layout, shift, residual, backend=backend)
+
+    results = []
+    for kind, expand in ((torch.float64, added), (dtype, added), (dtype, fused)):
+        z = values(dtype, layout.num_patches, 5).to(kind).requires_grad_()
+        residual = values(dtype, layout.num_tokens, 5, seed=1).to(kind).requires_grad_()
+        out = expand(z, residual)
+        out.backward(values(dtype, layout.num_tokens, 5).to(kind))
+        results.append((out.detach(), z.grad, residual.grad))
+    for oracle, eager, ours in zip(*results, strict=True):
+        within_budget(ours, eager, oracle, dtype)
+    assert torch.equal(results[2][2], values(dtype, layout.num_tokens, 5).to(dtype))
+
+
+@pytest.mark.parametrize("backend", sorted({p.values[0] for p in EXPANDS}))
+def test_expansion_leaves_its_inputs_alone_and_may_train_the_residual_alone(backend):
+    layout = make([[2, 3, 0], [4, 1]])
+    z, residual = torch.randn(5, 2, 3), torch.randn(10, 2, 3)
+    before = z.clone(), residual.clone()
+    out = patch_expand(z, layout, 1, residual.requires_grad_(), backend=backend)
+    grad = torch.randn(10, 2, 3)
+    out.backward(grad)
+    assert torch.equal(residual.grad, grad)
+    assert torch.equal(z, before[0])
+    assert torch.equal(residual, before[1])
+    assert out.data_ptr() not in (z.data_ptr(), residual.data_ptr())
+
+
+@pytest.mark.parametrize(("backend", "dtype"), EXPANDS)
+def test_a_strided_residual_changes_nothing(backend, dtype):
+    layout = make([[2, 3, 0], [4, 1]])
+    z, residual = values(dtype, 5, 6).to(dtype), values(dtype, 10, 6).to(dtype)
+    expected = patch_expand(z, layout, 1, residual, backend=backend)
+    for strided in (residual.T.contiguous().T, torch.stack((residual, residual), 1)[:, 1]):
+        assert torch.equal(patch_expand(z, layout, 1, strided, backend=backend), expected)
+
+
+@pytest.mark.parametrize(("backend", "dtype", "reduce"), POOLS)
+def test_pooling_gives_the_same_bits_from_run_to_run(backend, dtype, reduce):
+    layout = make([[2, 30, 1] * 9, [4, 2] * 5])
+    x = values(dtype, layout.num_tokens, 40).to(dtype).requires_grad_()
+    grad = values(dtype, layout.num_patches, 40).to(dtype)
+    runs = []
+    for _ in range(2):
+        out = patch_pool(x, layout, reduce, backend=backend)
+        runs.append((out.detach(), *torch.autograd.grad(out, x, grad)))
+    for first, second in zip(*runs, strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), EXPANDS)
+@pytest.mark.parametrize("shift", [0, 1])
+def test_expansion_gives_the_same_bits_from_run_to_run(shift, backend, dtype):
+    layout = make([[2, 30, 1] * 9, [4, 2] * 5])
+    z = values(dtype, layout.num_patches, 40).to(dtype).requires_grad_()
+    residual = values(dtype, layout.num_tokens, 40).to(dtype).requires_grad_()
+    grad = values(dtype, layout.num_tokens, 40, seed=1).to(dtype)
+    runs = []
+    for _ in range(2):
+        out = patch_expand(z, layout, shift, residual, backend=backend)
+        runs.append((out.detach(), *torch.autograd.grad(out, (z, residual), grad)))
+    for first, second in zip(*runs, strict=True):
+        assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize(("backend", "dtype", "reduce"), POOLS)
@@ -237,11 +317,19 @@ def test_gradients_are_those_of_finite_differences(backend, reduce):
     assert torch.autograd.gradcheck(lambda x: patch_pool(x, layout, reduce, backend=backend), x)
 
 
+@pytest.mark.parametrize("backend", [p.values[0] for p in EXPANDS if p.values[1] == torch.float64])
 @pytest.mark.parametrize("shift", [0, 1])
-def test_gradients_of_expansion_are_those_of_finite_differences(shift):
+def test_gradients_of_expansion_are_those_of_finite_differences(shift, backend):
     layout = make([[2, 0, 3], [1]])
     z = values(torch.float64, 4, 3).requires_grad_()
-    assert torch.autograd.gradcheck(lambda z: patch_expand(z, layout, shift), z)
+    residual = values(torch.float64, 6, 3).requires_grad_()
+
+    def expand(*tensors):
+        z, residual = tensors if len(tensors) == 2 else (*tensors, None)
+        return patch_expand(z, layout, shift, residual, backend=backend)
+
+    assert torch.autograd.gradcheck(expand, (z,))
+    assert torch.autograd.gradcheck(expand, (z, residual))
 
 
 def test_sums_of_half_precision_accumulate_in_float32():
@@ -277,7 +365,12 @@ LAYOUT = PatchLayout.from_lengths([2, 3], [2])
         (
             lambda: patch_pool(torch.ones(5, 2).long(), LAYOUT),
             TypeError,
-            "x must be floating point; got torch.int64",
+            "x must be float32, bfloat16, float16 or float64; got torch.int64",
+        ),
+        (
+            lambda: patch_expand(torch.ones(2, 2).to(torch.float8_e4m3fn), LAYOUT),
+            TypeError,
+            "z must be float32, bfloat16, float16 or float64; got torch.float8_e4m3fn",
         ),
         (
             lambda: patch_pool(torch.ones(5, 2), LAYOUT, "median"),
@@ -293,6 +386,31 @@ LAYOUT = PatchLayout.from_lengths([2, 3], [2])
             lambda: patch_pool(torch.ones(5, 2), LAYOUT.to("meta")),
             ValueError,
             "layout is on meta, but x is on cpu",
+        ),
+        (
+            lambda: patch_expand(torch.ones(2, 2), LAYOUT.to("meta")),
+            ValueError,
+            "layout is on meta, but z is on cpu",
+        ),
+        (
+            lambda: patch_expand(torch.ones(2, 2), LAYOUT, 0, torch.ones(4, 2)),
+            ValueError,
+            "residual has shape (4, 2), but the layout has 5 tokens",
+        ),
+        (
+            lambda: patch_expand(torch.ones(2, 2), LAYOUT, 0, torch.ones(5, 1)),
+            ValueError,
+            "residual has rows of shape (1,), but z of (2,)",
+        ),
+        (
+            lambda: patch_expand(torch.ones(2, 2), LAYOUT, 0, torch.ones(5, 2).half()),
+            TypeError,
+            "residual is torch.float16, but z is torch.float32",
+        ),
+        (
+            lambda: patch_expand(torch.ones(2, 2), LAYOUT, 0, torch.ones(5, 2, device="meta")),
+            ValueError,
+            "layout is on cpu, but residual is on meta",
         ),
     ],
 )

@@ -145,9 +145,17 @@ def test_expansion_onto_a_residual_adds_in_one_pass(dtype):
     layout = make([[2, 3, 0], [4, 1100]])
     z = torch.randn(5, 9, device=DEVICE).to(dtype)
     residual = torch.randn(layout.num_tokens, 2, 9, device=DEVICE).to(dtype)[:, 0]
-    out = triton.patch_expand(z, layout.readable_ids, residual)
     rows = torch.cat((z, z.new_zeros(1, 9)))[layout.readable_ids.long()]
-    assert torch.equal(out, (residual.float() + rows.float()).to(dtype))
+    wanted = (residual.float() + rows.float()).to(dtype)
+    assert torch.equal(triton.patch_expand(z, layout.readable_ids, residual), wanted)
+    leaves = [x.detach().requires_grad_() for x in (z, residual)]
+    out = patch_expand(leaves[0], layout, 1, leaves[1], backend="triton")
+    assert torch.equal(out, wanted)
+    grad = torch.randint(-3, 4, out.shape, device=DEVICE).to(dtype)
+    given, kept = torch.autograd.grad(out, leaves, grad)
+    alone = patch_expand(leaves[0], layout, 1, backend="triton")
+    assert torch.equal(given, torch.autograd.grad(alone, leaves[0], grad)[0])
+    assert torch.equal(kept, grad)
 
 
 @pytest.mark.parametrize("reduce", ["sum", "max"])
@@ -159,7 +167,10 @@ def test_results_are_the_same_bits_from_run_to_run(reduce):
     def pool(x):
         return patch_pool(x, layout, reduce, backend="triton")
 
-    for first, second in zip(
-        differentiate(pool, x, grad), differentiate(pool, x, grad), strict=True
-    ):
-        assert torch.equal(first, second)
+    def expand(z):
+        return patch_expand(z, layout, 1, backend="triton")
+
+    for op, value, way in ((pool, x, grad), (expand, grad, x)):
+        runs = differentiate(op, value, way), differentiate(op, value, way)
+        for first, second in zip(*runs, strict=True):
+            assert torch.equal(first, second)

@@ -143,8 +143,10 @@ LST_EXPORT const char* lst_patch_pool_backward(const void* grad, const int32_t* 
   return nullptr;
 }
 
-// z (P, F), ids (T,) -> out (T, F): row ids[t], 0 where that is -1.
-LST_EXPORT const char* lst_patch_expand_forward(const void* z, const int32_t* ids, void* out,
+// z (P, F), ids (T,), residual (T, F) or null -> out (T, F): row ids[t], 0 where that is -1, added to
+// the residual's.
+LST_EXPORT const char* lst_patch_expand_forward(const void* z, const int32_t* ids,
+                                                const void* residual, void* out,
                                                 int64_t num_tokens, int64_t num_patches,
                                                 int64_t num_features, int32_t dtype,
                                                 int32_t num_threads) {
@@ -152,17 +154,27 @@ LST_EXPORT const char* lst_patch_expand_forward(const void* z, const int32_t* id
   const bool inside = std::all_of(ids, ids + num_tokens,
                                   [&](int32_t id) { return id >= -1 && id < num_patches; });
   if (!inside) return kBadIds;
+  const PoolKernels& kernels = kernels_for(dtype);
   const int64_t bytes = kElementBytes[dtype];
   for_each_item(num_tokens, num_features, num_tokens * num_features, num_threads,
                 [&](const PoolItem& item) {
                   const int64_t id = ids[item.row], at = item.row * num_features + item.feature;
                   char* const target = static_cast<char*>(out) + at * bytes;
-                  const char* const rows = static_cast<const char*>(z);
                   const size_t size = static_cast<size_t>(item.width * bytes);
-                  if (id < 0) {
+                  const char* const own =
+                      residual == nullptr ? nullptr : static_cast<const char*>(residual) + at * bytes;
+                  if (id < 0 && own == nullptr) {
                     std::memset(target, 0, size);
+                  } else if (id < 0) {
+                    std::memcpy(target, own, size);
                   } else {
-                    std::memcpy(target, rows + (id * num_features + item.feature) * bytes, size);
+                    const char* const row =
+                        static_cast<const char*>(z) + (id * num_features + item.feature) * bytes;
+                    if (own == nullptr) {
+                      std::memcpy(target, row, size);
+                    } else {
+                      kernels.add(row, own, target, item.width);
+                    }
                   }
                 });
   return nullptr;

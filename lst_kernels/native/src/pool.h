@@ -30,6 +30,7 @@ struct PoolKernels {
   void (*spread)(const Pool&, const PoolItem&, bool mean);   // y -> x
   void (*extreme)(const Pool&, const PoolItem&, bool least);  // x -> y, index
   void (*award)(const Pool&, const PoolItem&);               // y, index -> x
+  void (*add)(const void* a, const void* b, void* sum, int64_t width);
 };
 
 // Three tables, in the order float32, bfloat16, float64.

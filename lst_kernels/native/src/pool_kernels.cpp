@@ -253,11 +253,25 @@ struct Pooling {
       }
     }
   }
+
+  // --- a row onto another ---
+
+  static void add(const void* a, const void* b, void* sum, int64_t width) {
+    const T *const left = static_cast<const T*>(a), *const right = static_cast<const T*>(b);
+    T* const out = static_cast<T*>(sum);
+    int64_t j = 0;
+    for (; j + kLanes<C> <= width; j += kLanes<C>) {
+      store_row(out + j, load_row<C>(left + j) + load_row<C>(right + j));
+    }
+    const int64_t rest = width - j;
+    store_part<C>(out + j, load_part<C>(left + j, rest) + load_part<C>(right + j, rest), rest);
+  }
 };
 
 template <class T>
 constexpr lst::PoolKernels kernels_for() {
-  return {Pooling<T>::sum, Pooling<T>::spread, Pooling<T>::extreme, Pooling<T>::award};
+  return {Pooling<T>::sum, Pooling<T>::spread, Pooling<T>::extreme, Pooling<T>::award,
+          Pooling<T>::add};
 }
 
 }  // namespace
