@@ -2,6 +2,7 @@
 
 The oracle is dense and float64. A backend's error may be twice that of dense eager PyTorch in the
 same dtype, plus four roundings of the largest value (of the largest gradient for the gradients).
+Results and gradients are written into poisoned memory.
 """
 
 import re
@@ -22,6 +23,8 @@ from lst_kernels import (
     sliding_window_attention,
 )
 from lst_kernels.backends import BACKENDS, Call
+
+pytestmark = pytest.mark.usefixtures("poison")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 RUNNABLE = [
@@ -113,6 +116,7 @@ def check(ranges, backend, dtype, shape, scale=None):
         assert x.dtype == (torch.float32 if name == "lse" and dtype.itemsize < 4 else dtype), name
         finite = z.isfinite()
         assert torch.equal(x[~finite].double(), z[~finite]), name
+        assert x[finite].isfinite().all(), f"{name} has elements that nothing wrote"
         error, eager_error = (largest((a.double() - z)[finite]) for a in (x, y))
         budget = 2 * eager_error + roundings * torch.finfo(dtype).eps * size
         assert error <= budget, f"{name}: {error:.3g} > {budget:.3g}"
@@ -281,39 +285,68 @@ def ones(*shape, **kwargs):
     return torch.ones(*shape, **kwargs)
 
 
+SQUARE = LAYOUT.sliding_window(5)  # 5 queries, 5 keys, for each op
+OPS = {
+    "range": lambda q, k, v, ranges=SQUARE: range_attention(q, k, v, ranges),
+    "sliding-window": lambda q, k, v, ranges=SQUARE: sliding_window_attention(
+        q, k, v, LAYOUT.cu_tokens, window=5, max_length=5, ranges=ranges
+    ),
+    "block-causal": lambda q, k, v, ranges=SQUARE: block_causal_attention(
+        q, k, v, LAYOUT.cu_tokens, max_length=5, ranges=ranges
+    ),
+}
+X = ones(5, 2, 16)
+
+
 @pytest.mark.parametrize(
-    ("call", "error", "message"),
+    ("inputs", "error", "message"),
     [
+        ((ones(5, 16), X, X), ValueError, "q must be (Q, Hq, D); got shape (5, 16)"),
+        ((X, X, X[0]), ValueError, "v must be (K, Hkv, D); got shape (2, 16)"),
+        ((X, X, ones(5, 2, 8)), ValueError, "v has shape (5, 2, 8), but k has (5, 2, 16)"),
+        ((X, *[ones(5, 2, 8)] * 2), ValueError, "k has head size 8, but q has 16"),
+        ([ones(5, 2, 257)] * 3, ValueError, "q has head size 257, but the largest is 256"),
         (
-            lambda: range_attention(ones(5, 8, 16), ones(2, 3, 16), ones(2, 3, 16), RANGES),
+            (ones(5, 8, 16), *[ones(5, 3, 16)] * 2),
             ValueError,
             "k has 3 heads, which does not divide q's 8",
         ),
+        ((X, *[ones(5, 0, 16)] * 2), ValueError, "k has 0 heads, which does not divide q's 2"),
         (
-            lambda: range_attention(ones(5, 16), ones(2, 16), ones(2, 16), RANGES),
-            ValueError,
-            "q must be (Q, Hq, D); got shape (5, 16)",
-        ),
-        (
-            lambda: range_attention(ones(5, 2, 16), ones(2, 2, 16), ones(2, 2, 8), RANGES),
-            ValueError,
-            "v has shape (2, 2, 8), but k has (2, 2, 16)",
-        ),
-        (
-            lambda: range_attention(ones(5, 2, 16), ones(2, 2, 8), ones(2, 2, 8), RANGES),
-            ValueError,
-            "k has head size 8, but q has 16",
-        ),
-        (
-            lambda: range_attention(ones(5, 2, 16), ones(2, 2, 16).half(), ones(2, 2, 16), RANGES),
-            TypeError,
-            "k is torch.float16, but q is torch.float32",
-        ),
-        (
-            lambda: range_attention(*[ones(5, 2, 16, dtype=torch.int32)] * 3, RANGES),
+            [X.int()] * 3,
             TypeError,
             "q must be float32, bfloat16, float16 or float64; got torch.int32",
         ),
+        ((X, X.half(), X), TypeError, "k is torch.float16, but q is torch.float32"),
+        ((X, X, X.double()), TypeError, "v is torch.float64, but q is torch.float32"),
+        ((X, X.to("meta"), X), ValueError, "k is on meta, but q is on cpu"),
+        ((X, X, X.to("meta")), ValueError, "v is on meta, but q is on cpu"),
+        ([X, X, X, SQUARE.to("meta")], ValueError, "ranges is on meta, but q is on cpu"),
+        (
+            (X, X, X, LAYOUT.patches_read_tokens()),
+            ValueError,
+            "q has 5 rows, but ranges has 2 queries",
+        ),
+        ((X, X, X, RANGES), ValueError, "k has 5 rows, but ranges is over 2 keys"),
+    ],
+)
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_wrong_tensors_are_told_in_the_callers_words_by_each_op(op, inputs, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        op(*inputs)
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_the_largest_head_size_runs(op):
+    x = torch.randn(5, 1, 256)
+    torch.testing.assert_close(
+        op(x, x, x), range_attention(x, x, x, SQUARE, backend="reference"), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
         (
             lambda: range_attention(ones(4, 2, 16), ones(2, 2, 16), ones(2, 2, 16), RANGES),
             ValueError,
@@ -325,16 +358,18 @@ def ones(*shape, **kwargs):
             "k has 3 rows, but ranges is over 2 keys",
         ),
         (
-            lambda: range_attention(
-                ones(5, 2, 16), ones(2, 2, 16, device="meta"), ones(2, 2, 16), RANGES
+            lambda: sliding_window_attention(
+                *[ones(5, 2, 16)] * 3, LAYOUT.cu_tokens.to("meta"), window=2, max_length=5
             ),
             ValueError,
-            "k is on meta, but q is on cpu",
+            "cu_tokens is on meta, but q is on cpu",
         ),
         (
-            lambda: range_attention(*[ones(5, 2, 16)] * 3, LAYOUT.sliding_window(2).to("meta")),
-            ValueError,
-            "ranges is on meta, but q is on cpu",
+            lambda: sliding_window_attention(
+                *[ones(5, 2, 16)] * 3, LAYOUT.cu_tokens[:, None], window=2, max_length=5
+            ),
+            TypeError,
+            "cu_tokens must be (N+1,) int32 offsets; got torch.int32 of shape (2, 1)",
         ),
         (
             lambda: sliding_window_attention(
