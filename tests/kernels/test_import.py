@@ -1,0 +1,45 @@
+"""The package needs neither Triton nor the native library, and says once what it lacks."""
+
+import subprocess
+import sys
+
+SCRIPT = """
+import sys, warnings
+sys.modules["triton"] = None  # importing it fails
+with warnings.catch_warnings(record=True) as imported:
+    warnings.simplefilter("always")
+    import torch
+    import lst_kernels
+    from lst_kernels import PatchLayout, explain, native, patch_expand, patch_pool, range_attention
+assert [w for w in imported if "lst_kernels" in str(w.message)] == []
+native.LIBRARY = native.LIBRARY.with_name("absent.so")
+
+layout = PatchLayout.from_lengths([1, 3, 2], [3])
+ranges = layout.patches_read_tokens()
+with warnings.catch_warnings(record=True) as used:
+    warnings.simplefilter("always")
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(6, 2, 16, dtype=dtype, requires_grad=True)
+        slots = patch_pool(x, layout, "max")
+        out = range_attention(slots, x, x, ranges)
+        patch_expand(out, layout, 1, x).square().sum().backward()
+        lst_kernels.sliding_window_attention(
+            x, x, x, layout.cu_tokens, window=2, max_length=6
+        ).sum().backward()
+        lst_kernels.block_causal_attention(x, x, x, layout.cu_tokens, max_length=6)
+        assert x.grad.isfinite().all()
+assert explain(range_attention, x, x, x, ranges)["reference"] == "chosen"
+for warning in used:
+    print(f"{warning.category.__name__}: {warning.message}")
+"""
+
+
+def test_without_triton_and_the_native_library_the_reference_runs_and_one_warning_tells():
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "UserWarning: lst_kernels runs without its native backend: "
+        "the native library was not built; reinstall lst where there is a C++17 compiler"
+    ]
