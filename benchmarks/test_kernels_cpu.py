@@ -6,7 +6,8 @@
 The shapes are those of the local side of the paper's 1B model: 16 heads of 64, 1 slot, d = 1024
 features, patches of 4 tokens, packed streams of 4k to 16k tokens, float32. Before anything is
 timed, results and gradients are held against the peer's. Ours and the peers run in turn, in one
-process; a figure is the least of its rounds. Peers that take seconds run for two rounds.
+process; a figure is the least of its rounds. Peers that take seconds run for two rounds. The peer
+that comes from transformers is left out, and said to be, where that is not installed.
 
     pytest benchmarks/test_kernels_cpu.py --benchmark-only
 """
@@ -139,6 +140,67 @@ def test_forward_against_compiled_flex_attention(race, pattern: str, floor: floa
             floors={"compiled flex_attention": floor},
             work=(4e-9 * ranges.num_pairs * HEADS * HEAD_DIM, "GFLOP/s"),
         )
+
+
+@pytest.mark.parametrize("side", ["encoder", "decoder window 1"])
+def test_training_against_the_cross_attention_of_blt_in_transformers(race, side: str):
+    """From patch lengths to gradients, with 2 slots: masks are made for every batch, and so are our
+    layout and ranges. Norms and projections, the same on both sides, are left out."""
+    blt = pytest.importorskip(
+        "transformers.models.blt.modeling_blt", reason="needs pip install 'lst[bench]'"
+    )
+    num_tokens, slots = 4096, 2
+    patch_lengths = torch.tensor([[1, *[4] * (num_tokens // 4)]])  # BLT's cover one token more
+    num_patches = patch_lengths.shape[1]
+    config = blt.BltLocalEncoderConfig(hidden_size=FEATURES, num_attention_heads=HEADS)
+    config._attn_implementation = "sdpa"
+    attention = blt.BltCrossAttention(config, layer_idx=0)
+    for name in ("q_norm", "k_norm", "q_proj", "k_proj", "v_proj", "o_proj"):
+        setattr(attention, name, torch.nn.Identity())
+
+    def ranges() -> KeyRanges:
+        own = patch_lengths[0].clone()
+        own[-1] -= 1
+        late = torch.arange(num_patches) == num_patches - 1
+        made = PatchLayout.from_lengths(own, [num_patches], closed_late=late)
+        if side == "encoder":
+            return made.patches_read_tokens(slots=slots)
+        return made.tokens_read_patches(1, slots)
+
+    def mask() -> Tensor:
+        ends = patch_lengths if side == "encoder" else patch_lengths[:, 1:]
+        return blt._prepare_patch_cross_attention_mask(
+            patch_ids=blt.BltModel._patch_ids_from_lengths(None, ends, num_tokens),
+            num_patches=num_patches,
+            sequence_length=num_tokens,
+            patches_as_queries=side == "encoder",
+            cross_attn_k=slots,
+        )
+
+    generator = torch.Generator().manual_seed(0)
+    sizes = (ranges().num_queries, ranges().num_keys, ranges().num_queries)
+    q, x, grad = (torch.randn(1, rows, FEATURES, generator=generator) for rows in sizes)
+    q, x = q.requires_grad_(), x.requires_grad_()
+
+    def ours() -> list[Tensor]:
+        queries, keys = (states[0].unflatten(1, (HEADS, HEAD_DIM)) for states in (q, x))
+        read = range_attention(queries, keys, keys, ranges(), backend="native")
+        out = q + read.flatten(1)[None]
+        return [out.detach(), *torch.autograd.grad(out, (q, x), grad)]
+
+    def theirs() -> list[Tensor]:
+        out, _ = attention(q, x, attention_mask=mask())
+        return [out.detach(), *torch.autograd.grad(out, (q, x), grad)]
+
+    for a, b in zip(ours(), theirs(), strict=True):
+        assert agree(a, b)
+    race(
+        f"{side}, T=4096, 2 slots: plan, forward + backward",
+        ours,
+        {"BltCrossAttention": theirs},
+        floors={},
+        slow_rounds=2,
+    )
 
 
 @pytest.mark.parametrize("reduce", ["mean", "max"])
