@@ -68,7 +68,7 @@ def range_attention(
     """Attend from every query to its range of keys.
 
     Args:
-        q: (Q, Hq, D), float32, bfloat16, float16 or float64; D at most 256.
+        q: (Q, Hq, D), float32, bfloat16, float16 or float64; D from 1 to 256.
         k, v: (K, Hkv, D), in q's dtype. Hkv divides Hq: query head h reads key head h·Hkv // Hq.
         ranges: Q ranges of K keys.
         scale: factor of the scores; None for D ** -0.5.
@@ -238,8 +238,8 @@ def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"v has shape {tuple(v.shape)}, but k has {tuple(k.shape)}")
     if k.shape[2] != q.shape[2]:
         raise ValueError(f"k has head size {k.shape[2]}, but q has {q.shape[2]}")
-    if q.shape[2] > MAX_HEAD_DIM:
-        raise ValueError(f"q has head size {q.shape[2]}, but the largest is {MAX_HEAD_DIM}")
+    if not 1 <= q.shape[2] <= MAX_HEAD_DIM:
+        raise ValueError(f"q has head size {q.shape[2]}; expected 1 to {MAX_HEAD_DIM}")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"k has {k.shape[1]} heads, which does not divide q's {q.shape[1]}")
 

@@ -231,6 +231,23 @@ def test_the_wrappers_are_their_ranges(backend):
         assert torch.equal(ours, expected)
 
 
+@pytest.mark.parametrize("backend", sorted({p.values[0] for p in RUNNABLE}))
+@pytest.mark.parametrize("documents", [[], [[]], [[0, 0], []]], ids=["none", "empty", "patches"])
+def test_no_tokens_are_an_empty_result_of_the_wrappers_too(documents, backend):
+    layout = make(documents)
+    x = torch.zeros(0, 2, 16, requires_grad=True)
+    for ranges in (None, layout.sliding_window(4)):
+        windowed = sliding_window_attention(
+            *(x, x, x, layout.cu_tokens), window=4, max_length=0, ranges=ranges, backend=backend
+        )
+        causal = block_causal_attention(
+            *(x, x, x, layout.cu_tokens), max_length=0, ranges=ranges, backend=backend
+        )
+        for out in (windowed, causal):
+            assert out.shape == (0, 2, 16)
+            assert torch.autograd.grad(out.sum(), x)[0].shape == x.shape
+
+
 def test_one_query_over_two_keys_by_hand():
     ranges = KeyRanges(torch.tensor([1]), torch.tensor([3]), 3)
     q = torch.ones(1, 1, 1)
@@ -305,7 +322,8 @@ X = ones(5, 2, 16)
         ((X, X, X[0]), ValueError, "v must be (K, Hkv, D); got shape (2, 16)"),
         ((X, X, ones(5, 2, 8)), ValueError, "v has shape (5, 2, 8), but k has (5, 2, 16)"),
         ((X, *[ones(5, 2, 8)] * 2), ValueError, "k has head size 8, but q has 16"),
-        ([ones(5, 2, 257)] * 3, ValueError, "q has head size 257, but the largest is 256"),
+        ([ones(5, 2, 257)] * 3, ValueError, "q has head size 257; expected 1 to 256"),
+        ([ones(5, 2, 0)] * 3, ValueError, "q has head size 0; expected 1 to 256"),
         (
             (ones(5, 8, 16), *[ones(5, 3, 16)] * 2),
             ValueError,
