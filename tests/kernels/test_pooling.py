@@ -5,6 +5,7 @@ twice that of the loop in the same dtype, plus four roundings of the largest val
 gradients are written into poisoned memory.
 """
 
+import os
 import re
 
 import pytest
@@ -38,7 +39,12 @@ EXPANDS = [
 ]
 
 streams = st.lists(st.lists(st.sampled_from([0, 1, 1, 2, 3, 6]), max_size=6), max_size=4)
-QUICK = settings(deadline=None, derandomize=True, max_examples=8)
+# Triton's interpreter takes milliseconds for every patch, so it gets the edges and one more stream.
+QUICK = settings(
+    deadline=None,
+    derandomize=True,
+    max_examples=1 if os.environ.get("TRITON_INTERPRET") == "1" else 8,
+)
 
 
 def with_edges(test):
