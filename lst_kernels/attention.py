@@ -269,8 +269,14 @@ def _check_offsets(cu: Tensor, cu_name: str, num_rows: int, max_length: int) -> 
     if cu.device.type != "cpu":
         return
     lengths = torch.diff(cu)
-    if cu[0] != 0 or (lengths < 0).any():
-        raise ValueError(f"{cu_name} must start at 0 and not decrease")
+    if cu[0] != 0:
+        raise ValueError(f"{cu_name} must start at 0; got {int(cu[0])}")
+    if (lengths < 0).any():
+        i = int((lengths < 0).nonzero()[0])
+        raise ValueError(
+            f"{cu_name} must not decrease; at offset {i + 1} it falls from "
+            f"{int(cu[i])} to {int(cu[i + 1])}"
+        )
     if cu[-1] != num_rows:
         raise ValueError(f"{cu_name} ends at {int(cu[-1])}, but q has {num_rows} rows")
     longest = int(lengths.max()) if len(lengths) else 0

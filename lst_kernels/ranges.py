@@ -156,8 +156,13 @@ class KeyRanges:
                     f"index must lie in [0, {self.num_queries}); got "
                     f"{int(index.min())} … {int(index.max())}"
                 )
-            if (index[1:] < index[:-1]).any():
-                raise ValueError("index must not decrease")
+            drops = index[1:] < index[:-1]
+            if drops.any():
+                i = int(drops.nonzero()[0]) + 1
+                raise ValueError(
+                    f"index must not decrease; at {i} it falls from "
+                    f"{int(index[i - 1])} to {int(index[i])}"
+                )
         selected = KeyRanges(self.start[index], self.stop[index], self.num_keys)
         if _is_host(selected.start):
             return selected

@@ -415,7 +415,14 @@ def test_the_largest_head_size_runs(op):
                 *[ones(5, 2, 16)] * 3, torch.tensor([0, 3, 2, 5]).int(), max_length=5
             ),
             ValueError,
-            "cu_units must start at 0 and not decrease",
+            "cu_units must not decrease; at offset 2 it falls from 3 to 2",
+        ),
+        (
+            lambda: block_causal_attention(
+                *[ones(5, 2, 16)] * 3, torch.tensor([1, 5]).int(), max_length=5
+            ),
+            ValueError,
+            "cu_units must start at 0; got 1",
         ),
         (
             lambda: block_causal_attention(

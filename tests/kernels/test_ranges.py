@@ -255,7 +255,7 @@ def ranges_of(start, stop, num_keys=4):
         (
             lambda: ranges_of([0, 0], [1, 1]).select_queries(torch.tensor([1, 0])),
             ValueError,
-            "index must not decrease",
+            "index must not decrease; at 1 it falls from 1 to 0",
         ),
     ],
 )
