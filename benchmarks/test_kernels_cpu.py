@@ -22,7 +22,14 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import embedding_bag, scaled_dot_product_attention
 
-from lst_kernels import KeyRanges, PatchLayout, native, patch_pool, range_attention
+from lst_kernels import (
+    KeyRanges,
+    PatchLayout,
+    native,
+    patch_expand,
+    patch_pool,
+    range_attention,
+)
 
 pytestmark = pytest.mark.skipif(
     native.unavailable_reason() is not None, reason=str(native.unavailable_reason())
@@ -246,6 +253,37 @@ def test_pooling_against_torch(race, reduce: str):
     )
 
 
+def test_expanding_onto_a_residual_against_torch(race):
+    expanded = layout(4096)
+    ids = expanded.readable_ids.long()
+    generator = torch.Generator().manual_seed(0)
+    z, x, grad = (
+        torch.randn(rows, FEATURES, generator=generator)
+        for rows in (expanded.num_patches, expanded.num_tokens, expanded.num_tokens)
+    )
+    z, x = z.requires_grad_(), x.requires_grad_()
+
+    def train(forward: Callable[[], Tensor]) -> Callable[[], list[Tensor]]:
+        def both() -> list[Tensor]:
+            out = forward()
+            return [out.detach(), *torch.autograd.grad(out, (z, x), grad)]
+
+        return both
+
+    ours = train(lambda: patch_expand(z, expanded, 1, x, backend="native"))
+    theirs = train(lambda: x + z[ids])
+    for a, b in zip(ours(), theirs(), strict=True):
+        assert agree(a, b)
+    race(
+        "patch_expand onto a residual, T=4096, d=1024: forward + backward",
+        ours,
+        {"x + z[ids]": theirs},
+        floors={},
+        rounds=20,
+        work=((2 * z.nbytes + 3 * x.nbytes) * 1e-9, "GB/s"),
+    )
+
+
 PEAK = """
 import torch
 from pathlib import Path
@@ -279,6 +317,8 @@ PEAK_CASES = {
     "lambda x: patch_pool(x, layout, 'max', backend='native'))",
     "patch_expand": "grown(tensors(T // 4), torch.randn(T, 1, 64), "
     "lambda z: patch_expand(z, layout, 1, backend='native'))",
+    "patch_expand, residual": "grown(tensors(T // 4, T), torch.randn(T, 1, 64), "
+    "lambda z, x: patch_expand(z, layout, 1, x, backend='native'))",
 }
 
 
