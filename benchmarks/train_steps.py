@@ -78,25 +78,23 @@ def _document(parts: list[Any]) -> Document:
     )
 
 
-def random_row(units: int, strategy: Strategy, rng: np.random.Generator) -> Packed:
-    """One row of exactly ``units`` units, two thirds of its content tokens in text documents."""
-    parts: list[Packed] = []
-    delivered = {"text": 0.0, "interleaved": 0.0}
-    room = units
-    while room:
-        kind = min(delivered, key=lambda name: delivered[name])
-        document = text_document(rng) if kind == "text" else interleaved_document(rng)
-        delivered[kind] += len(document.tokens) / (2 if kind == "text" else 1)
-        part, _ = take(patch_document(document, VOCABULARY, strategy), 0, room)
-        parts.append(part)
-        room -= len(part.lengths)
-    return concatenate(parts)
-
-
 def random_batch(config: ModelConfig, rows: int, units: int, seed: int) -> Batch:
+    """Rows of exactly ``units`` units, two thirds of the batch's content in text documents."""
     rng = np.random.default_rng(seed)
     strategy: Strategy = Static(size=4) if config.architecture == "lst" else NoPatching()
-    content = [random_row(units - 1, strategy, rng) for _ in range(rows)]
+    delivered = {"text": 0.0, "interleaved": 0.0}  # content tokens over their share
+    content = []
+    for _ in range(rows):
+        parts: list[Packed] = []
+        room = units - 1
+        while room:
+            kind = min(delivered, key=lambda name: delivered[name])
+            document = text_document(rng) if kind == "text" else interleaved_document(rng)
+            part, _ = take(patch_document(document, VOCABULARY, strategy), 0, room)
+            delivered[kind] += len(part.tokens) / (2 if kind == "text" else 1)
+            parts.append(part)
+            room -= len(part.lengths)
+        content.append(concatenate(parts))
     return make_batch(content, VOCABULARY, config.plan(), step=seed)
 
 

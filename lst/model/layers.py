@@ -44,12 +44,17 @@ def rotate(x: Tensor, by: Rotation) -> Tensor:
     return turned.to(x.dtype)
 
 
+def hidden_width(dim: int) -> int:
+    """Of a feed-forward branch: 8/3 · dim, rounded up to a multiple of 256."""
+    return -(-(8 * dim // 3) // 256) * 256
+
+
 class FeedForward(nn.Module):
-    """SwiGLU with a hidden width of 8/3 · dim, rounded up to a multiple of 256."""
+    """SwiGLU with a hidden width of :func:`hidden_width`."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        hidden = -(-(8 * dim // 3) // 256) * 256
+        hidden = hidden_width(dim)
         self.gate_up = nn.Linear(dim, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, dim, bias=False)
 

@@ -61,7 +61,8 @@ class PatchDecoder(nn.Module):
         keys_values = self.key_value(slots).unflatten(
             -1, (stack.layers, 2, stack.heads, stack.head_dim)
         )
-        by, attention = token_rotation(batch, self.config), token_attention(batch, self.config)
+        by = token_rotation(batch, self.config, stack.head_dim)
+        attention = token_attention(batch, self.config)
         for layer, kv in zip(self.layers, keys_values.unbind(1), strict=True):
             k, v = kv.unbind(1)
             h = layer(h, k, v, batch, by, attention)

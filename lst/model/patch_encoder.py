@@ -18,9 +18,9 @@ from lst.model.layers import Attention, Layer, Rotation, rotation
 from lst_kernels import patch_pool, range_attention, sliding_window_attention
 
 
-def token_rotation(batch: Batch, config: ModelConfig) -> Rotation:
+def token_rotation(batch: Batch, config: ModelConfig, head_dim: int) -> Rotation:
     """Rotary angles of every token, by its position in its document."""
-    return rotation(batch.layout.token_positions, config.encoder.head_dim, config.rope_theta)
+    return rotation(batch.layout.token_positions, head_dim, config.rope_theta)
 
 
 def token_attention(batch: Batch, config: ModelConfig) -> Attention:
@@ -57,7 +57,8 @@ class PatchEncoder(nn.Module):
 
     def forward(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Token states (T, d) and patches (P, S·d) from embeddings (T, d)."""
-        by, attention = token_rotation(batch, self.config), token_attention(batch, self.config)
+        by = token_rotation(batch, self.config, self.config.encoder.head_dim)
+        attention = token_attention(batch, self.config)
         for layer in self.layers:
             x = layer(x, by, attention)
         return x, self.patches(x, batch)
@@ -67,6 +68,7 @@ class PatchEncoder(nn.Module):
         stack, slots = self.config.encoder, self.config.slots
         assert batch.encoder_ranges is not None, "the batch was planned for a token-level model"
         q = self.slot_queries(patch_pool(h, batch.layout, "max")).view(-1, stack.dim)
+        q = q.to(h.dtype)  # the patches' stream keeps the tokens' precision under autocast
         heads = (stack.heads, stack.head_dim)
         k, v = self.key_value(self.token_norm(h)).unflatten(-1, (2, *heads)).unbind(1)
         read = range_attention(

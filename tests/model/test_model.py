@@ -206,6 +206,7 @@ def oracle_logits(model, document, strategy):
         readable_from.new_tensor([(readable_from <= i).sum() for i in range(T)])[:, None] - p[None]
         <= (config.decoder_window or P)
     )
+    heads = config.decoder.heads
     slots = norm(z.view(P * S, -1), decoder.patch_norm)
     kv = (slots @ decoder.key_value.weight.T).view(P * S, len(decoder.layers), 2, heads, -1)
     for i, module in enumerate(decoder.layers):
@@ -218,7 +219,14 @@ def oracle_logits(model, document, strategy):
 @pytest.mark.parametrize("decoder_window", [1, 4, None])
 @pytest.mark.parametrize(("architecture", "name"), ARCHITECTURES)
 def test_logits_follow_the_equations(architecture, name, decoder_window):
-    config = small_config(architecture=architecture, decoder_window=decoder_window)
+    check_equations(small_config(architecture=architecture, decoder_window=decoder_window), name)
+
+
+def test_encoder_and_decoder_may_differ_in_heads():
+    check_equations(small_config(decoder=StackConfig(layers=2, dim=16, heads=4)), "static")
+
+
+def check_equations(config: ModelConfig, name: str) -> None:
     model, docs = model_of(config), documents()
     packed = logits(model, docs, STRATEGIES[name])
     with torch.no_grad():
@@ -245,6 +253,19 @@ def test_chunked_losses_and_gradients_equal_those_of_all_logits_at_once():
     assert (chunked[::4] == 0).all()
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("architecture", ["lst", "token"])
+def test_the_stream_stays_float32_under_autocast(architecture):
+    model = model_of(small_config(architecture=architecture)).float()
+    seen = []
+    model.global_transformer.register_forward_hook(lambda _, inputs, z: seen.append(z.dtype))
+    strategy = Static(size=3) if architecture == "lst" else NoPatching()
+    batch = pack_documents(documents(), VOCABULARY, strategy, model.config.plan())
+    with torch.autocast("cpu", torch.bfloat16):
+        states = model.states(batch)
+    assert states.dtype == torch.float32
+    assert seen == [torch.float32]
 
 
 def test_forward_is_the_loss_of_the_logits():
