@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lst.data.loader import DataConfig
 
+from lst.data.loader import DataConfig
 from lst.data.patching import PatchingConfig
 from lst.data.records import Record, RecordWriter, StoryItem, Word, write_items
 from lst.model import ModelConfig, StackConfig
