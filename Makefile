@@ -30,6 +30,7 @@ train: corpus
 	$(BIN)/torchrun --standalone --nproc-per-node 1 -m lst.train demo
 
 bench: setup
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]'
 	$(BIN)/pytest benchmarks/ --benchmark-only
 
 clean:
