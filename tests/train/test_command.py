@@ -95,7 +95,10 @@ def test_mistakes_leave_with_code_2_and_one_line(
             ["--resume", run.out, "--out", empty],
             f"--out: a run goes on in its own folder, {run.out}",
         ),
-        (["demo", "--resume", run.out], f"{checkpoint}: expected model."),
+        (
+            ["demo", "--resume", run.out, "--data.corpus", run.data.corpus],
+            f"{checkpoint}: expected model.",
+        ),
     ]
     for options, message in cases:
         capsys.readouterr()
