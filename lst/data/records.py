@@ -42,9 +42,12 @@ __all__ = [
     "Span",
     "StoryItem",
     "Word",
+    "WrittenShard",
+    "join_shards",
     "read_items",
     "validate_record",
     "write_items",
+    "write_shard",
 ]
 
 FRAMES_PER_SECOND = 25  # a speech unit is one frame of 40 ms
@@ -107,6 +110,15 @@ class ShardInfo:
     rows: int
     bytes: int
     sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenShard:
+    """A shard that is on disk, and what ``dataset.json`` has to know of it."""
+
+    info: ShardInfo
+    num_frames: int
+    num_characters: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,6 +289,57 @@ class RecordWriter:
         table = pa.Table.from_pylist(self._rows, schema=_RECORD_SCHEMA)
         self._shards.append(_write_shard(self.folder, _shard_name(len(self._shards)), table))
         self._rows = []
+
+
+def write_shard(
+    folder: Path | str, index: int, records: Sequence[Record], *, num_units: int
+) -> WrittenShard:
+    """Write one shard of a dataset that several processes make; :func:`join_shards` ends it.
+
+    The file is there as a whole or not at all. Writing it again replaces it.
+
+    Raises:
+        UserError: a record that is not valid. Nothing is written then.
+    """
+    folder = Path(folder)
+    name = _shard_name(index)
+    for row, record in enumerate(records):
+        validate_record(record, num_units, f"{folder / name}, row {row}")
+    table = pa.Table.from_pylist([_record_row(each) for each in records], schema=_RECORD_SCHEMA)
+    return WrittenShard(
+        info=_write_shard(folder, name, table),
+        num_frames=sum(0 if each.units is None else len(each.units) for each in records),
+        num_characters=sum(len(each.text or "") for each in records),
+    )
+
+
+def join_shards(
+    folder: Path | str,
+    shards: Sequence[WrittenShard],
+    *,
+    codebook: str | None,
+    tokenizer: str | None,
+    num_units: int,
+) -> None:
+    """Make a dataset of shards that :func:`write_shard` wrote into ``folder``, in this order.
+
+    Raises:
+        UserError: no shard at all, or one that is not there in full length.
+    """
+    folder = Path(folder)
+    if not shards:
+        raise UserError(f"{folder}: expected records to write, got none")
+    for shard in shards:
+        _check_shard_file(folder / shard.info.name, shard.info)
+    facts = {
+        "num_records": sum(shard.info.rows for shard in shards),
+        "num_frames": sum(shard.num_frames for shard in shards),
+        "num_characters": sum(shard.num_characters for shard in shards),
+        "num_units": num_units,
+        "codebook": codebook,
+        "tokenizer": tokenizer,
+    }
+    _write_info(folder, "records", facts, [shard.info for shard in shards])
 
 
 def write_items(

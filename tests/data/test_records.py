@@ -15,9 +15,11 @@ from lst.data.records import (
     Span,
     StoryItem,
     Word,
+    join_shards,
     read_items,
     validate_record,
     write_items,
+    write_shard,
 )
 from lst.errors import UserError
 
@@ -161,6 +163,41 @@ def test_bad_record_of_another_writer_is_found_when_read(tmp_path, monkeypatch, 
     monkeypatch.undo()
     with pytest.raises(UserError, match=rf"shard-00000\.parquet, row 2, record 'r0': .*{message}"):
         dataset[0]
+
+
+def test_shards_written_apart_in_any_order_are_the_dataset_of_one_writer(tmp_path):
+    each = [record(), record("r1", text=None), record("r2", units=None, words=None)]
+    alone = write(tmp_path / "alone", each, rows_per_shard=2)
+    (tmp_path / "apart").mkdir()
+    written = {
+        index: write_shard(tmp_path / "apart", index, rows, num_units=NUM_UNITS)
+        for index, rows in ((1, each[2:]), (0, each[:2]))
+    }
+    join_shards(
+        tmp_path / "apart",
+        [written[0], written[1]],
+        codebook="sha256:aa",
+        tokenizer=None,
+        num_units=NUM_UNITS,
+    )
+    assert Dataset.open(tmp_path / "apart").fingerprint == alone.fingerprint
+
+
+def test_shards_are_joined_only_where_they_are_whole(tmp_path):
+    shard = write_shard(tmp_path, 0, [record()], num_units=NUM_UNITS)
+    (tmp_path / "shard-00000.parquet").write_bytes(b"PAR1")
+    join = {"codebook": None, "tokenizer": None, "num_units": NUM_UNITS}
+    with pytest.raises(UserError, match=r"shard-00000\.parquet: expected \d+ bytes, got 4"):
+        join_shards(tmp_path, [shard], **join)
+    with pytest.raises(UserError, match="expected records to write, got none"):
+        join_shards(tmp_path, [], **join)
+    assert not (tmp_path / "dataset.json").exists()
+
+
+def test_a_shard_with_a_bad_record_is_not_written(tmp_path):
+    with pytest.raises(UserError, match=r"shard-00003\.parquet, row 1, record 'r1'"):
+        write_shard(tmp_path, 3, [record(), record("r1", units=(501,))], num_units=NUM_UNITS)
+    assert not list(tmp_path.iterdir())
 
 
 def test_folders_that_are_no_dataset(tmp_path):
