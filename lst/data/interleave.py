@@ -9,7 +9,13 @@ An aligned record becomes text and speech spans in turn, each opened by its mark
 
 A text span has 5 to 30 words, the speech span after it half as many. The silence between two words
 on either side of a switch is cut in half: the speech side keeps its half, the other half, which
-belongs to the text, disappears.
+belongs to the text, disappears. A record can be trained on in other ways too:
+
+    interleaved      <bos> <t> text <s> units <t> text … <eos>
+    speech           <bos> <s> units <eos>
+    text             <bos> text <eos>
+    speech-to-text   <bos> <s> units <t> text <eos>
+    text-to-speech   <bos> <t> text <s> units <eos>
 
 Everything here is a pure function; what is drawn comes from a generator made of (seed, epoch,
 record id), so that every epoch interleaves anew and nothing depends on the order of reading.
@@ -17,7 +23,7 @@ record id), so that every epoch interleaves anew and nothing depends on the orde
 
 import hashlib
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 
@@ -26,10 +32,13 @@ from lst.errors import UserError
 from lst.vocabulary import BOS, EOS, SPEECH, TEXT, Tokenizer, Vocabulary
 
 __all__ = [
+    "DOCUMENT_KINDS",
     "Document",
+    "DocumentKind",
     "Mode",
     "interleaved_document",
     "item_document",
+    "parallel_document",
     "record_document",
     "speech_document",
     "stable_rng",
@@ -38,6 +47,8 @@ __all__ = [
 
 MIN_TEXT_WORDS, MAX_TEXT_WORDS = 5, 30  # of a text span
 
+DocumentKind = Literal["auto", "interleaved", "speech", "text", "speech-to-text", "text-to-speech"]
+DOCUMENT_KINDS: tuple[DocumentKind, ...] = get_args(DocumentKind)
 Mode = Literal["T→T", "S→S", "S→T", "T→S"]
 Part: TypeAlias = list[int] | np.ndarray  # a stretch of a document's ids
 
@@ -71,15 +82,30 @@ def stable_rng(*key: int | str) -> np.random.Generator:
 
 
 def record_document(
-    record: Record, vocabulary: Vocabulary, tokenizer: Tokenizer, rng: np.random.Generator
+    record: Record,
+    vocabulary: Vocabulary,
+    tokenizer: Tokenizer,
+    rng: np.random.Generator,
+    kind: DocumentKind = "auto",
 ) -> Document:
-    """The document that a record is trained on: interleaved where its words are aligned, speech
-    where it has units alone, text where it has no units."""
-    if record.units is None:
+    """The document that a record is trained on; every token after ``<bos>`` is a target.
+
+    Args:
+        kind: see above. "auto": interleaved where the record's words are aligned, speech where it
+            has units alone, text where it has no units.
+
+    Raises:
+        UserError: the kind needs text, units or aligned words that the record does not have.
+    """
+    if kind == "auto":
+        kind = "text" if record.units is None else "interleaved" if record.words else "speech"
+    if kind == "text":
         return text_document(record, vocabulary, tokenizer)
-    if not record.words:
+    if kind == "speech":
         return speech_document(record, vocabulary)
-    return interleaved_document(record, vocabulary, tokenizer, rng)
+    if kind == "interleaved":
+        return interleaved_document(record, vocabulary, tokenizer, rng)
+    return parallel_document(record, kind, vocabulary, tokenizer)
 
 
 def text_document(record: Record, vocabulary: Vocabulary, tokenizer: Tokenizer) -> Document:
@@ -121,6 +147,27 @@ def interleaved_document(
             aligned.append(spans[first:stop] - cuts[first] + length + 1)
         length += 1 + len(parts[-1])
     return _document([*parts, [EOS]], aligned, record.id)
+
+
+def parallel_document(
+    record: Record,
+    kind: Literal["speech-to-text", "text-to-speech"],
+    vocabulary: Vocabulary,
+    tokenizer: Tokenizer,
+) -> Document:
+    """All of a record in one modality, then all of it in the other: recognition and synthesis.
+
+    Raises:
+        UserError: the record has no text or no units.
+    """
+    if kind not in ("speech-to-text", "text-to-speech"):
+        raise ValueError(f"expected speech-to-text or text-to-speech, got {kind!r}")
+    text: list[Part] = [[TEXT], _text_ids(_text_of(record), vocabulary, tokenizer)]
+    speech: list[Part] = [[SPEECH], vocabulary.unit_to_id(_units_of(record).astype(np.int32))]
+    is_spoken_first = kind == "speech-to-text"
+    parts = [*speech, *text] if is_spoken_first else [*text, *speech]
+    before = 2 if is_spoken_first else 3 + len(text[1])  # tokens before the first unit
+    return _document([[BOS], *parts, [EOS]], [_word_spans(record) + before], record.id)
 
 
 def item_document(

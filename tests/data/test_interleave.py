@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lst.data.interleave import (
+    DOCUMENT_KINDS,
     interleaved_document,
     item_document,
+    parallel_document,
     record_document,
     speech_document,
     stable_rng,
@@ -184,6 +186,54 @@ def test_speech_without_words_is_a_speech_document():
     assert document.tokens.tolist() == [BOS, SPEECH, 1008, 1009, EOS]
     with pytest.raises(UserError, match="record 's': expected aligned words to interleave"):
         interleaved_document(record, VOCABULARY, TOKENIZER, np.random.default_rng(0))
+
+
+SPOKEN = make_record([2, 1], [1, 0, 2], "s")  # w0 at [1, 3), w1 at [3, 4), 6 frames
+SPOKEN_UNITS, SPOKEN_TEXT = list(range(1005, 1011)), [5, 6, 7, 8]
+KINDS = {
+    "speech": ([BOS, SPEECH, *SPOKEN_UNITS, EOS], [[3, 5], [5, 6]]),
+    "text": ([BOS, *SPOKEN_TEXT, EOS], []),
+    "speech-to-text": ([BOS, SPEECH, *SPOKEN_UNITS, TEXT, *SPOKEN_TEXT, EOS], [[3, 5], [5, 6]]),
+    "text-to-speech": ([BOS, TEXT, *SPOKEN_TEXT, SPEECH, *SPOKEN_UNITS, EOS], [[8, 10], [10, 11]]),
+}
+
+
+@pytest.mark.parametrize(("kind", "expected"), KINDS.items(), ids=KINDS)
+def test_one_record_makes_documents_of_every_kind(kind, expected):
+    document = record_document(SPOKEN, VOCABULARY, TOKENIZER, np.random.default_rng(0), kind)
+    assert document.tokens.tolist() == expected[0]
+    assert document.aligned.tolist() == expected[1]
+    # Every token is a target, <eos> too.
+    assert (document.breaks, document.score_from, document.score_eos) == ((), 0, True)
+
+
+def test_kind_auto_is_the_one_that_shows_most_of_a_record():
+    written = Record("t", "w1 w2", None, None, None, None, "test")
+    bare = Record("b", None, np.array([3, 4], np.int16), None, None, None, "test")
+    for record, kind in ((SPOKEN, "interleaved"), (written, "text"), (bare, "speech")):
+        auto, named = (
+            record_document(record, VOCABULARY, TOKENIZER, np.random.default_rng(0), each)
+            for each in ("auto", kind)
+        )
+        assert auto.tokens.tolist() == named.tokens.tolist()
+    assert {*KINDS, "auto", "interleaved"} == set(DOCUMENT_KINDS)
+
+
+def test_a_kind_that_a_record_cannot_be_is_refused():
+    rng = np.random.default_rng(0)
+    written = Record("t", "w1", None, None, None, None, "test")
+    mute = make_record([2], [0, 0], "m", text=False)
+    for record, kind, message in (
+        (written, "speech", "record 't': expected speech units"),
+        (written, "interleaved", "record 't': expected speech units"),
+        (written, "speech-to-text", "record 't': expected speech units"),
+        (mute, "text", "record 'm': expected text"),
+        (mute, "text-to-speech", "record 'm': expected text"),
+    ):
+        with pytest.raises(UserError, match=message):
+            record_document(record, VOCABULARY, TOKENIZER, rng, kind)
+    with pytest.raises(ValueError, match="expected speech-to-text or text-to-speech, got 'both'"):
+        parallel_document(SPOKEN, "both", VOCABULARY, TOKENIZER)
 
 
 PROMPT, ENDING = make_record([2, 1], [1, 0, 0], "p"), make_record([2], [0, 1], "e")
