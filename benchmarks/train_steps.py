@@ -121,7 +121,7 @@ def check(device: torch.device) -> dict[str, float]:
         strategy: Strategy = Static(size=4) if architecture == "lst" else NoPatching()
         batch = pack_documents(documents, VOCABULARY, strategy, chosen.plan())
         torch.manual_seed(0)
-        model = build_model(chosen, VOCABULARY.size).double()
+        model = build_model(chosen, VOCABULARY).double()
         with lst_kernels.backend("reference"):
             expected = model(batch)
             expected.sum().backward()
@@ -165,7 +165,7 @@ def _steps(name: str, device: torch.device, rows: int, steps: int) -> dict[str, 
     preset = PRESETS[name]
     torch.manual_seed(0)
     with device:
-        model = build_model(preset.model, VOCABULARY.size)
+        model = build_model(preset.model, VOCABULARY)
     optimizer = build_optimizer(model, preset.optimizer)
     batches = [random_batch(preset.model, rows, UNITS_PER_ROW, seed) for seed in range(4)]
     torch.cuda.reset_peak_memory_stats(device)

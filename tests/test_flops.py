@@ -100,7 +100,7 @@ def packed(plan: PlanConfig, strategy: Strategy) -> Batch:
 def test_a_forward_pass_is_counted_as_flop_counter_mode_counts_it(name: str, strategy: str) -> None:
     config = CONFIGS[name]
     batch = packed(config.plan(), STRATEGIES[strategy])
-    model = build_model(config, VOCABULARY.size)
+    model = build_model(config, VOCABULARY)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), lst_kernels.backend("reference"), counter:
         model(batch)
@@ -119,7 +119,7 @@ def test_training_is_counted_but_for_the_logits_that_are_made_again(
     """The backward pass makes them again to save memory: more work, but no more that is needed."""
     config = CONFIGS[name]
     batch = packed(config.plan(), STRATEGIES[strategy])
-    model = build_model(config, VOCABULARY.size)
+    model = build_model(config, VOCABULARY)
     counter = FlopCounterMode(display=False)
     with lst_kernels.backend("reference"), counter:
         model(batch).sum().backward()

@@ -24,17 +24,18 @@ from lst.model.global_transformer import GlobalTransformer
 from lst.model.layers import initialise, token_losses
 from lst.model.patch_decoder import PatchDecoder
 from lst.model.patch_encoder import PatchEncoder
+from lst.vocabulary import Vocabulary
 
 
 class LanguageModel(nn.Module, ABC):
     """Embedding, a body from tokens to states, norm and head: what both models have in common."""
 
-    def __init__(self, config: ModelConfig, vocabulary_size: int, dim: int) -> None:
+    def __init__(self, config: ModelConfig, vocabulary: Vocabulary, dim: int) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(vocabulary_size, dim)
+        self.embedding = nn.Embedding(vocabulary.size, dim)
         self.norm = nn.RMSNorm(dim, eps=config.norm_eps)
-        self.head = nn.Linear(dim, vocabulary_size, bias=False)
+        self.head = nn.Linear(dim, vocabulary.size, bias=False)
 
     @abstractmethod
     def states(self, batch: Batch) -> Tensor:
@@ -52,8 +53,8 @@ class LanguageModel(nn.Module, ABC):
 class LatentSpeechTextTransformer(LanguageModel):
     """Patches in the middle, tokens at both ends."""
 
-    def __init__(self, config: ModelConfig, vocabulary_size: int) -> None:
-        super().__init__(config, vocabulary_size, config.encoder.dim)
+    def __init__(self, config: ModelConfig, vocabulary: Vocabulary) -> None:
+        super().__init__(config, vocabulary, config.encoder.dim)
         self.encoder = PatchEncoder(config)
         self.global_transformer = GlobalTransformer(config)
         self.decoder = PatchDecoder(config)
@@ -71,8 +72,8 @@ class LatentSpeechTextTransformer(LanguageModel):
 class TokenLevelTransformer(LanguageModel):
     """The baseline: the global transformer alone, every token a patch."""
 
-    def __init__(self, config: ModelConfig, vocabulary_size: int) -> None:
-        super().__init__(config, vocabulary_size, config.global_transformer.dim)
+    def __init__(self, config: ModelConfig, vocabulary: Vocabulary) -> None:
+        super().__init__(config, vocabulary, config.global_transformer.dim)
         self.global_transformer = GlobalTransformer(config)
         initialise(self.global_transformer, 2 * config.global_transformer.layers)
         initialise(self.embedding, 1)
@@ -82,10 +83,10 @@ class TokenLevelTransformer(LanguageModel):
         return self.global_transformer(self.embedding(batch.tokens), batch)
 
 
-def build_model(config: ModelConfig, vocabulary_size: int) -> LanguageModel:
+def build_model(config: ModelConfig, vocabulary: Vocabulary) -> LanguageModel:
     """A freshly initialised model; under ``torch.device("meta")`` it takes no memory."""
     kind = LatentSpeechTextTransformer if config.architecture == "lst" else TokenLevelTransformer
-    return kind(config, vocabulary_size)
+    return kind(config, vocabulary)
 
 
 def count_parameters(model: LanguageModel) -> dict[str, int]:

@@ -246,7 +246,7 @@ def load_model(
     folder = find_checkpoint(Path(path))
     config = read_config(folder / CONFIG)
     vocabulary = read_state(folder).vocabulary
-    model = build_model(config.model, vocabulary.size)
+    model = build_model(config.model, vocabulary)
     load_tensors(folder, model)
     return model.to(device), config, vocabulary, Tokenizer.load(folder / TOKENIZER)
 

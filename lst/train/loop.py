@@ -101,7 +101,7 @@ def prepare(config: TrainConfig, world: World, *, resume: bool) -> Run:
             states=state.lanes or None,
         )
         torch.manual_seed(config.seed)
-        model = build_model(config.model, corpus.vocabulary.size).to(world.device)
+        model = build_model(config.model, corpus.vocabulary).to(world.device)
         optimizer = build_optimizer(model, config.optimizer)
         if checkpoint is not None:
             load_tensors(checkpoint, model, optimizer)

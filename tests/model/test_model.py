@@ -41,7 +41,7 @@ def small_config(**changes) -> ModelConfig:
 
 def model_of(config: ModelConfig, seed: int = 0):
     torch.manual_seed(seed)
-    return build_model(config, VOCABULARY.size).double()
+    return build_model(config, VOCABULARY).double()
 
 
 def make_document(rng: np.random.Generator, spans: list[int], name: str) -> Document:
@@ -279,7 +279,9 @@ def test_forward_is_the_loss_of_the_logits():
 
 def test_the_paper_sizes_are_those_of_table_7():
     with torch.device("meta"):
-        counts = count_parameters(build_model(ModelConfig(), 5 + 32000 + 501))
+        counts = count_parameters(
+            build_model(ModelConfig(), Vocabulary(num_pieces=32000, num_units=501))
+        )
     assert round(counts["global_transformer"] / 1e6, 1) == 1284.6
     assert counts["total"] == sum(v for k, v in counts.items() if k != "total")
     assert 1.4e9 < counts["total"] < 1.6e9

@@ -43,7 +43,7 @@ def test_one_layer_each_overfits_twenty_records(tiny_corpus, architecture, strat
         decoder=StackConfig(layers=1, dim=64, heads=2),
     )
     torch.manual_seed(0)
-    model = build_model(config, vocabulary.size)
+    model = build_model(config, vocabulary)
     batch = pack_documents(documents, vocabulary, strategy, config.plan())
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     loss = torch.tensor(torch.inf)

@@ -24,6 +24,7 @@ from lst.train.config import TrainConfig
 from lst.train.corpus import open_corpus
 from lst.train.distributed import World
 from lst.train.optimizer import build_optimizer, optimizer_tensors
+from lst.vocabulary import Vocabulary
 
 Tiny = Callable[..., TrainConfig]
 ALONE = World(0, 1, torch.device("cpu"))
@@ -31,7 +32,7 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 def save(config: TrainConfig, step: int, model: LanguageModel | None = None) -> Path:
     corpus = open_corpus(config.data)
-    model = model or build_model(config.model, corpus.vocabulary.size)
+    model = model or build_model(config.model, corpus.vocabulary)
     state = State(
         step=step,
         lanes={3: {"row": step}},
@@ -45,7 +46,7 @@ def save(config: TrainConfig, step: int, model: LanguageModel | None = None) -> 
 def test_load_model_needs_nothing_but_the_checkpoint(tiny: Tiny, tmp_path: Path) -> None:
     config = tiny()
     corpus = open_corpus(config.data)
-    model = build_model(config.model, corpus.vocabulary.size)
+    model = build_model(config.model, corpus.vocabulary)
     folder = save(config, 7, model)
     alone = tmp_path / "elsewhere"
     folder.rename(alone)
@@ -74,14 +75,14 @@ def test_a_checkpoint_holds_json_safetensors_and_the_tokenizer_alone(tiny: Tiny)
 
 def test_moments_of_the_optimizer_come_back(tiny: Tiny) -> None:
     config = tiny()
-    model = build_model(config.model, open_corpus(config.data).vocabulary.size)
+    model = build_model(config.model, open_corpus(config.data).vocabulary)
     optimizer = build_optimizer(model, config.optimizer)
     for tensor in optimizer_tensors(model, optimizer).values():
         tensor.copy_(torch.rand_like(tensor))
     corpus = open_corpus(config.data)
     state = State(step=1, vocabulary=corpus.vocabulary, datasets={})
     folder = save_checkpoint(config, state, corpus.tokenizer, model, optimizer, ALONE)
-    other = build_model(config.model, corpus.vocabulary.size)
+    other = build_model(config.model, corpus.vocabulary)
     filled = build_optimizer(other, config.optimizer)
     load_tensors(folder, other, filled)
     expected = optimizer_tensors(model, optimizer)
@@ -166,7 +167,7 @@ def test_weights_of_another_shape_are_refused(tiny: Tiny) -> None:
     config = tiny()
     folder = save(config, 1)
     with pytest.raises(UserError, match="does not fit the model"):
-        load_tensors(folder, build_model(config.model, 7))
+        load_tensors(folder, build_model(config.model, Vocabulary(num_pieces=1, num_units=1)))
 
 
 def test_a_state_of_another_format_is_refused(tiny: Tiny) -> None:

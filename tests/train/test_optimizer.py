@@ -8,6 +8,7 @@ import torch
 from lst.model import build_model
 from lst.train.config import OptimizerConfig, TrainConfig
 from lst.train.optimizer import build_optimizer, learning_rate, optimizer_tensors, parameter_groups
+from lst.vocabulary import Vocabulary
 
 CONFIG = OptimizerConfig(lr=1.0, warmup_steps=10, min_lr_ratio=0.1)
 
@@ -33,7 +34,7 @@ def test_learning_rate_without_warm_up_or_shorter_than_it() -> None:
 
 
 def test_matrices_alone_decay(tiny: Callable[..., TrainConfig]) -> None:
-    model = build_model(tiny().model, 50)
+    model = build_model(tiny().model, Vocabulary(num_pieces=25, num_units=20))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decayed, free = parameter_groups(model, 0.1)
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
