@@ -8,10 +8,11 @@
 
 import hashlib
 import io
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -24,6 +25,8 @@ __all__ = [
     "PAD",
     "SPEECH",
     "TEXT",
+    "JsonTokenizer",
+    "SentencePieceTokenizer",
     "Tokenizer",
     "Vocabulary",
     "fingerprint",
@@ -89,32 +92,82 @@ class Vocabulary:
         return ids - self.first_unit
 
 
-class Tokenizer:
-    """A SentencePiece model: text to piece numbers (0 … num_pieces − 1) and back.
+class Tokenizer(ABC):
+    """Text to piece numbers (0 … num_pieces − 1) and back; `load` makes one.
 
-    Built from the model's bytes, so that it can be sent to another process and its fingerprint is
-    that of what it does.
+    Made from a file's bytes, so that it can be sent to another process and its fingerprint is that
+    of what it does.
     """
 
-    def __init__(self, model: bytes) -> None:
-        from sentencepiece import SentencePieceProcessor
+    file_name: ClassVar[str]  # of its file in a corpus, and in a checkpoint
+    what: ClassVar[str]  # its file is, in words
 
-        self._model = model
-        self._processor = SentencePieceProcessor(model_proto=model)
-        self.fingerprint = _sha256(model)
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+        self.fingerprint = _sha256(content)
 
-    @classmethod
-    def load(cls, path: Path | str) -> Self:
-        """Read a ``.model`` file. Raises UserError where it is missing or not such a file."""
+    @staticmethod
+    def load(path: Path | str) -> "Tokenizer":
+        """Read a ``tokenizer.model`` (SentencePiece) or ``tokenizer.json`` (``tokenizers``).
+
+        Args:
+            path: the file, whose suffix ``.json`` tells the second kind; or the folder that holds
+                one of the two.
+
+        Raises:
+            UserError: it is missing or no such file; ``tokenizers`` is not installed.
+        """
+        path = Path(path)
+        if path.is_dir():
+            kinds = (SentencePieceTokenizer, JsonTokenizer)
+            found = [path / kind.file_name for kind in kinds if (path / kind.file_name).exists()]
+            if len(found) != 1:
+                names = " or ".join(kind.file_name for kind in kinds)
+                raise UserError(
+                    f"{path}: expected {names}, got {'both' if found else 'no tokenizer'}"
+                )
+            path = found[0]
         try:
-            return cls(Path(path).read_bytes())
+            content = path.read_bytes()
         except OSError as error:
             raise UserError(f"{path}: no tokenizer could be read here ({error.strerror})") from None
-        except RuntimeError:
-            raise UserError(f"{path}: expected a SentencePiece model, got another file") from None
+        kind = JsonTokenizer if path.suffix == ".json" else SentencePieceTokenizer
+        try:
+            return kind(content)
+        except UserError:
+            raise
+        except Exception:  # what tokenizers raises has no narrower type
+            raise UserError(f"{path}: expected {kind.what}, got another file") from None
 
     def save(self, path: Path | str) -> None:
-        Path(path).write_bytes(self._model)
+        Path(path).write_bytes(self._content)
+
+    @property
+    @abstractmethod
+    def num_pieces(self) -> int: ...
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Pieces of the text alone: none is added at its ends."""
+
+    @abstractmethod
+    def decode(self, pieces: Sequence[int]) -> str: ...
+
+    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[bytes]]:
+        return type(self), (self._content,)
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model."""
+
+    file_name = "tokenizer.model"
+    what = "a SentencePiece model"
+
+    def __init__(self, content: bytes) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        super().__init__(content)
+        self._processor = SentencePieceProcessor(model_proto=content)
 
     @property
     def num_pieces(self) -> int:
@@ -126,8 +179,41 @@ class Tokenizer:
     def decode(self, pieces: Sequence[int]) -> str:
         return self._processor.decode([int(piece) for piece in pieces])
 
-    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[bytes]]:
-        return Tokenizer, (self._model,)
+
+class JsonTokenizer(Tokenizer):
+    """A ``tokenizer.json``, as checkpoints in Hugging Face's format bring along.
+
+    Its own ``<bos>``, ``<eos>`` and so on are pieces that no text ever becomes: text that spells
+    one is text.
+    """
+
+    file_name = "tokenizer.json"
+    what = "a tokenizer.json of the tokenizers library"
+
+    def __init__(self, content: bytes) -> None:
+        try:
+            from tokenizers import Tokenizer as Library
+        except ImportError:
+            raise UserError(
+                "tokenizer.json needs the tokenizers package: pip install 'lst[llama]'"
+            ) from None
+
+        super().__init__(content)
+        self._tokenizer = Library.from_str(content.decode())
+        self._tokenizer.no_truncation()  # a file may ask for either
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True  # as the text that they are
+
+    @property
+    def num_pieces(self) -> int:
+        return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, pieces: Sequence[int]) -> str:
+        ids = [int(piece) for piece in pieces]
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
 
 
 def train_tokenizer(lines: Iterable[str], path: Path | str, *, num_pieces: int) -> Tokenizer:
@@ -166,7 +252,7 @@ def train_tokenizer(lines: Iterable[str], path: Path | str, *, num_pieces: int) 
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise UserError(f"no tokenizer of {num_pieces} pieces from these lines: {reason}") from None
-    tokenizer = Tokenizer(model.getvalue())
+    tokenizer = SentencePieceTokenizer(model.getvalue())
     tokenizer.save(path)
     return tokenizer
 

@@ -6,7 +6,7 @@
         model/*.safetensors         weights            \\ torch.distributed.checkpoint with its
         optimizer/*.safetensors     AdamW's moments    / safetensors storage: no pickle
         config.json                 the run's configuration
-        tokenizer.model
+        tokenizer.model             or tokenizer.json
         state.json                  the rest (State), and every other file's size
 
 A checkpoint is written under a temporary name, pushed to the disk and renamed. It counts as
@@ -44,7 +44,6 @@ from lst.vocabulary import Tokenizer, Vocabulary
 
 FORMAT = 1  # of state.json; raised when an older reader would misread a newer checkpoint
 STATE = "state.json"
-TOKENIZER = "tokenizer.model"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +95,7 @@ def save_checkpoint(
         if world.is_main:
             write_json(temporary / CONFIG, to_json(config))
             with writing(temporary):
-                tokenizer.save(temporary / TOKENIZER)
+                tokenizer.save(temporary / tokenizer.file_name)
                 files = _sync_files(temporary)
             write_json(temporary / STATE, _state_json(state, lanes, files))
             remove_folder(folder)  # where it exists it is incomplete, or this very step again
@@ -248,7 +247,7 @@ def load_model(
     vocabulary = read_state(folder).vocabulary
     model = build_model(config.model, vocabulary)
     load_tensors(folder, model)
-    return model.to(device), config, vocabulary, Tokenizer.load(folder / TOKENIZER)
+    return model.to(device), config, vocabulary, Tokenizer.load(folder)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ def open_corpus(config: DataConfig) -> Corpus:
             f"{folder}: expected a corpus folder, got none; "
             f"make one by python -m lst.prepare demo --out {folder}"
         )
-    tokenizer = Tokenizer.load(folder / "tokenizer.model")
+    tokenizer = Tokenizer.load(folder)
     # The codebook itself says which units these are; a corpus of text alone has none.
     codebook = folder / "codebook.safetensors"
     files = {

@@ -4,17 +4,51 @@ import pickle
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 
 from lst.errors import UserError
-from lst.vocabulary import BOS, SPEECH, Tokenizer, Vocabulary, fingerprint, train_tokenizer
+from lst.vocabulary import (
+    BOS,
+    SPEECH,
+    JsonTokenizer,
+    Tokenizer,
+    Vocabulary,
+    fingerprint,
+    train_tokenizer,
+)
 
 LINES = ["Once upon a time, there was a girl named Lily."] * 20 + ["The cat sat on 12 mats."] * 20
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return train_tokenizer(LINES, tmp_path_factory.mktemp("tokenizer") / "a.model", num_pieces=300)
+def library_tokenizer():
+    """Byte-level BPE of the tokenizers library, with every setting that could lose or add text."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|begin|>", "<|end|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(LINES, trainer)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", 0)]
+    )
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=8)
+    return tokenizer
+
+
+@pytest.fixture(scope="module", params=["tokenizer.model", "tokenizer.json"])
+def tokenizer(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / request.param
+    if path.suffix == ".json":
+        library_tokenizer().save(str(path))
+    else:
+        train_tokenizer(LINES, path, num_pieces=300)
+    return Tokenizer.load(path)
 
 
 def test_every_id_is_a_special_a_piece_or_a_unit():
@@ -36,20 +70,41 @@ def test_pieces_and_units_round_trip(make):
     assert (vocabulary.id_to_unit(vocabulary.unit_to_id(make(3))) == make(3)).all()
 
 
-@pytest.mark.parametrize("text", ["The cat sat.", "two  blanks", "zażółć 日本 ✓", "a\nb", ""])
+TEXTS = ["The cat sat.", "two  blanks", "zażółć 日本 ✓", "a\nb", "", "<|end|>"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
 def test_decoding_gives_back_the_text(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_same_lines_give_the_same_file(tokenizer, tmp_path):
-    again = train_tokenizer(LINES, tmp_path / "b.model", num_pieces=300)
-    assert again.fingerprint == tokenizer.fingerprint == fingerprint(tmp_path / "b.model")
+def test_pieces_are_those_of_the_tokenizers_library():
+    library = library_tokenizer()
+    tokenizer = JsonTokenizer(library.to_str().encode())
+    assert tokenizer.num_pieces == library.get_vocab_size()
+    library.no_truncation()
+    library.no_padding()
+    for text in TEXTS[:-1]:
+        assert tokenizer.encode(text) == library.encode(text, add_special_tokens=False).ids
+    assert library.encode("<|end|>", add_special_tokens=False).ids == [1]
+    assert 1 not in tokenizer.encode("<|end|>")  # a text that spells a special is text
+
+
+def test_same_lines_give_the_same_file(tmp_path):
+    first, again = (
+        train_tokenizer(LINES, tmp_path / name, num_pieces=300) for name in ("a.model", "b.model")
+    )
+    assert again.fingerprint == first.fingerprint == fingerprint(tmp_path / "b.model")
     assert again.num_pieces == 300
 
 
 def test_tokenizer_survives_pickling_and_saving(tokenizer, tmp_path):
-    tokenizer.save(tmp_path / "c.model")
-    for other in (pickle.loads(pickle.dumps(tokenizer)), Tokenizer.load(tmp_path / "c.model")):
+    tokenizer.save(tmp_path / tokenizer.file_name)
+    for other in (
+        pickle.loads(pickle.dumps(tokenizer)),
+        Tokenizer.load(tmp_path / tokenizer.file_name),
+        Tokenizer.load(tmp_path),
+    ):
         assert other.fingerprint == tokenizer.fingerprint
         assert other.encode("The cat") == tokenizer.encode("The cat")
 
@@ -65,5 +120,16 @@ def test_user_mistakes_are_one_line(tmp_path):
     (tmp_path / "other").write_bytes(b"not a model")
     with pytest.raises(UserError, match="expected a SentencePiece model"):
         Tokenizer.load(tmp_path / "other")
+    for name in ("tokenizer.json", "tokenizer.model"):
+        with pytest.raises(UserError, match=r"expected tokenizer\.model or .*, got no tokenizer"):
+            Tokenizer.load(tmp_path)
+        (tmp_path / name).write_text("{}")
+        with pytest.raises(UserError, match=rf"{name}: expected a .*, got another file"):
+            Tokenizer.load(tmp_path)
+        (tmp_path / name).rename(tmp_path / f"the {name}")
+    for name in ("tokenizer.json", "tokenizer.model"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match="got both"):
+        Tokenizer.load(tmp_path)
     with pytest.raises(UserError, match="no tokenizer of 9000 pieces"):
         train_tokenizer(LINES, tmp_path / "d.model", num_pieces=9000)
