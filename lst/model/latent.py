@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lst.data.batch import Batch
 from lst.model.config import ModelConfig
 from lst.model.global_transformer import GlobalTransformer
-from lst.model.layers import initialise, token_losses
+from lst.model.layers import Draw, initialise, token_losses, truncated_normal
 from lst.model.patch_decoder import PatchDecoder
 from lst.model.patch_encoder import PatchEncoder
 from lst.vocabulary import Vocabulary
@@ -36,6 +36,16 @@ class LanguageModel(nn.Module, ABC):
         self.embedding = nn.Embedding(vocabulary.size, dim)
         self.norm = nn.RMSNorm(dim, eps=config.norm_eps)
         self.head = nn.Linear(dim, vocabulary.size, bias=False)
+
+    def initialise(self, draw: Draw = truncated_normal) -> None:
+        """Give every weight its first value; ``draw`` may know of weights that ranks share."""
+        parts = self.residual_branches() | {"embedding": 1, "norm": 1, "head": 1}
+        for name, branches in parts.items():
+            initialise(getattr(self, name), branches, draw)
+
+    @abstractmethod
+    def residual_branches(self) -> dict[str, int]:
+        """How many branches each part adds to its stream, by the part's name."""
 
     @abstractmethod
     def states(self, batch: Batch) -> Tensor:
@@ -58,11 +68,14 @@ class LatentSpeechTextTransformer(LanguageModel):
         self.encoder = PatchEncoder(config)
         self.global_transformer = GlobalTransformer(config)
         self.decoder = PatchDecoder(config)
-        initialise(self.encoder, 2 * config.encoder.layers + 1)
-        initialise(self.global_transformer, 2 * config.global_transformer.layers)
-        initialise(self.decoder, 3 * config.decoder.layers)
-        initialise(self.embedding, 1)
-        initialise(self.head, 1)
+        self.initialise()
+
+    def residual_branches(self) -> dict[str, int]:
+        return {
+            "encoder": 2 * self.config.encoder.layers + 1,
+            "global_transformer": 2 * self.config.global_transformer.layers,
+            "decoder": 3 * self.config.decoder.layers,
+        }
 
     def states(self, batch: Batch) -> Tensor:
         h, u = self.encoder(self.embedding(batch.tokens), batch)
@@ -75,9 +88,10 @@ class TokenLevelTransformer(LanguageModel):
     def __init__(self, config: ModelConfig, vocabulary: Vocabulary) -> None:
         super().__init__(config, vocabulary, config.global_transformer.dim)
         self.global_transformer = GlobalTransformer(config)
-        initialise(self.global_transformer, 2 * config.global_transformer.layers)
-        initialise(self.embedding, 1)
-        initialise(self.head, 1)
+        self.initialise()
+
+    def residual_branches(self) -> dict[str, int]:
+        return {"global_transformer": 2 * self.config.global_transformer.layers}
 
     def states(self, batch: Batch) -> Tensor:
         return self.global_transformer(self.embedding(batch.tokens), batch)

@@ -21,6 +21,8 @@ from lst.model.config import StackConfig
 
 # (q, k, v), each (T, H, D), to the attention's output (T, H, D)
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+# fills a weight, in place, with random numbers of a deviation
+Draw = Callable[[Tensor, float], None]
 
 
 class Rotation(NamedTuple):
@@ -92,22 +94,30 @@ class Layer(nn.Module):
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
-def initialise(module: nn.Module, residual_branches: int) -> None:
-    """Truncated normals of deviation fan_in^−½; branches that end on the stream are scaled down.
+def truncated_normal(
+    weight: Tensor, deviation: float, generator: torch.Generator | None = None
+) -> None:
+    """Fill ``weight``, in place, from a normal that is cut off at three deviations."""
+    bound = 3 * deviation
+    nn.init.trunc_normal_(weight, std=deviation, a=-bound, b=bound, generator=generator)
+
+
+def initialise(module: nn.Module, residual_branches: int, draw: Draw = truncated_normal) -> None:
+    """Draw matrices with a deviation of fan_in^−½, less where a branch ends on the stream.
 
     A stream that ``residual_branches`` branches add to keeps its scale when each is divided by the
-    square root of their number (GPT-2, section 2.3).
+    square root of their number (GPT-2, section 2.3). Norms are set to 1.
     """
     for name, child in module.named_modules():
         if isinstance(child, nn.Linear):
             deviation = child.in_features**-0.5
             if name.endswith(("output", "down")):
                 deviation *= residual_branches**-0.5
+            draw(child.weight, deviation)
         elif isinstance(child, nn.Embedding):
-            deviation = child.embedding_dim**-0.5
-        else:
-            continue
-        nn.init.trunc_normal_(child.weight, std=deviation, a=-3 * deviation, b=3 * deviation)
+            draw(child.weight, child.embedding_dim**-0.5)
+        elif isinstance(child, nn.RMSNorm):
+            nn.init.ones_(child.weight)
 
 
 def token_losses(x: Tensor, head: nn.Linear, targets: Tensor, rows: int = 1024) -> Tensor:

@@ -39,6 +39,26 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the processes of a run share the model; each has its own rows in any case.
+
+    ``auto`` is ``ddp`` for a model of less than 10⁹ parameters and ``fsdp`` for a larger one (see
+    :mod:`lst.train.parallel`); one process alone holds everything.
+    """
+
+    strategy: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
+    replicas: int | None = None  # hsdp: groups that each hold the whole model; None: one a machine
+
+    def __post_init__(self) -> None:
+        if self.replicas is not None:
+            name = "parallel.replicas"
+            _expect(self.replicas >= 1, name, "1 or more", self.replicas)
+            _expect(
+                self.strategy == "hsdp", name, "it with hsdp alone", f"strategy {self.strategy}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A training run."""
 
@@ -46,6 +66,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     steps: int  # optimizer steps
     accumulation: int = 1  # micro-batches that a process adds up for one step
     seed: int = 0  # of the initial weights, the order of the data and the interleaving
@@ -54,7 +75,7 @@ class TrainConfig:
     checkpoint_every: int = 500  # steps
     keep: int = 2  # newest checkpoints kept
     log_every: int = 10  # steps
-    precision: Literal["float32", "bfloat16"] = "float32"  # bfloat16: autocast, float32 weights
+    precision: Literal["float32", "bfloat16"] = "float32"  # of matrix products; weights: float32
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     evaluate: bool = True  # story completion at the end
 
@@ -86,6 +107,8 @@ FREE_ON_RESUME = frozenset(
         "keep",
         "log_every",
         "device",
+        "parallel.strategy",
+        "parallel.replicas",
         "evaluate",
     }
 )

@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from lst.errors import UserError
 
@@ -58,12 +57,6 @@ class World:
     def barrier(self) -> None:
         self.sum(torch.zeros(1))
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """``model`` with its gradients averaged over the ranks as backward goes."""
-        if self.size == 1:
-            return model
-        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-
     @contextmanager
     def together(self) -> Iterator[None]:
         """Whatever UserError a rank meets in the block, every rank raises after it.
@@ -85,6 +78,11 @@ class World:
 def launched_rank() -> int:
     """The rank that torchrun gave this process; 0 for one started plainly."""
     return int(os.environ.get("RANK", "0"))
+
+
+def processes_of_a_machine() -> int:
+    """How many processes torchrun started on this machine; 1 for one started plainly."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 @contextmanager
@@ -159,7 +157,7 @@ def num_threads() -> int | None:
     ``torchrun`` itself sets OMP_NUM_THREADS=1 for several processes where it is unset, so there a 1
     says nothing about what the user wants.
     """
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local_size = processes_of_a_machine()
     asked = os.environ.get("OMP_NUM_THREADS")
     if asked is not None and not (local_size > 1 and asked == "1"):
         return None

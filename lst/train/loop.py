@@ -32,6 +32,7 @@ from lst.train.distributed import World, start_world
 from lst.train.interrupt import Interrupt, catch_signals
 from lst.train.metrics import MetricsLog
 from lst.train.optimizer import build_optimizer, learning_rate, set_learning_rate
+from lst.train.parallel import clip_gradients, gathered, initialise_weights, parallelise
 from lst.train.run_folder import CONFIG, create_run
 from lst.train.step import backward, check_finite, global_counts, read_step, rehearse
 from lst.train.stories import complete_stories
@@ -47,6 +48,7 @@ class Run:
     corpus: Corpus
     loader: TrainLoader
     model: LanguageModel
+    parallel: nn.Module  # model, as its passes are made
     optimizer: torch.optim.Optimizer
     log: MetricsLog
     state: State
@@ -75,7 +77,8 @@ def train(config: TrainConfig, *, resume: bool = False) -> None:
                 f"go on by: python -m lst.train --resume {config.out}"
             )
         elif config.evaluate:
-            complete_stories(config, run.corpus, run.model, run.log, world)
+            with gathered(run.model):
+                complete_stories(config, run.corpus, run.model, run.log, world)
 
 
 def prepare(config: TrainConfig, world: World, *, resume: bool) -> Run:
@@ -100,13 +103,17 @@ def prepare(config: TrainConfig, world: World, *, resume: bool) -> Run:
             accumulation=config.accumulation,
             states=state.lanes or None,
         )
-        torch.manual_seed(config.seed)
-        model = build_model(config.model, corpus.vocabulary).to(world.device)
-        optimizer = build_optimizer(model, config.optimizer)
+    with torch.device("meta"):  # no rank need ever hold all of a large model
+        model = build_model(config.model, corpus.vocabulary)
+    parallel = parallelise(model, config, world)
+    optimizer = build_optimizer(model, config.optimizer)
+    with world.together():
         if checkpoint is not None:
             load_tensors(checkpoint, model, optimizer)
-        elif world.is_main:
-            create_run(config)
+        else:
+            initialise_weights(model, config.seed)
+            if world.is_main:
+                create_run(config)
         log = MetricsLog(config, step=state.step, seconds=state.seconds, active=world.is_main)
     parts = ", ".join(f"{name} {number:,}" for name, number in count_parameters(model).items())
     log.say(f"{config.name}: {world.size} × {world.device.type}, {config.out}; parameters: {parts}")
@@ -116,6 +123,7 @@ def prepare(config: TrainConfig, world: World, *, resume: bool) -> Run:
         corpus=corpus,
         loader=loader,
         model=model,
+        parallel=parallel,
         optimizer=optimizer,
         log=log,
         state=state,
@@ -126,14 +134,14 @@ def prepare(config: TrainConfig, world: World, *, resume: bool) -> Run:
 def take_steps(run: Run, interrupt: Interrupt) -> None:
     """Take optimizer steps, up to ``config.steps`` or until a rank is asked to stop."""
     config, world, model, log = run.config, run.world, run.model, run.log
-    parallel = world.wrap(model)
     batches = iter(run.loader)
     saved_step = first_step = run.state.step
     stop = False
     while True:
         step = run.state.step
         if not stop and validation_is_due(config, run.state):
-            losses = validate(config, run.corpus, model, interrupt, world)
+            with gathered(model):
+                losses = validate(config, run.corpus, model, interrupt, world)
             stop = losses is None
             if losses is not None:
                 log.validation(step, losses)
@@ -150,18 +158,18 @@ def take_steps(run: Run, interrupt: Interrupt) -> None:
         with world.together():
             micro_batches, lanes = next(batches)
         if step == first_step + 1:
-            rehearse(parallel, micro_batches, precision=config.precision, world=world)
+            rehearse(run.parallel, micro_batches, precision=config.precision, world=world)
         counts = global_counts(micro_batches, world)
         lr = learning_rate(step, config.optimizer, config.steps)
         set_learning_rate(run.optimizer, lr)
         sums = backward(
-            parallel,
+            run.parallel,
             micro_batches,
             targets=counts.targets,
             precision=config.precision,
             world=world,
         )
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
+        norm = clip_gradients(model, config.optimizer.clip)
         loss, grad_norm, stop = read_step(sums, norm, bool(interrupt), counts, world)
         check_finite(step, loss, grad_norm, micro_batches, sums, run.saved, world)
         run.optimizer.step()

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lst.data.batch import Batch
 from lst.train.distributed import SharedError, World
 from lst.train.metrics import Counts, Loss
+from lst.train.parallel import autocast, reducing
 
 MAX_RECORDS = 16  # named in an error
 
@@ -29,13 +29,6 @@ def global_counts(micro_batches: Sequence[Batch], world: World) -> Counts:
         units=units,
         speech_tokens=speech_tokens,
     )
-
-
-def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """Matrix products in bfloat16 where ``precision`` says so; weights stay float32."""
-    if precision == "float32":
-        return nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 def loss_sums(losses: Tensor, batch: Batch) -> Tensor:
@@ -63,13 +56,13 @@ def backward(
     Returns:
         :func:`loss_sums` of each micro-batch of this rank.
     """
-    # DistributedDataParallel averages over the ranks; times their number that is their sum.
+    # Every strategy averages over the ranks; times their number that is their sum.
     scale = world.size / max(1, targets)
     sums = []
     for number, batch in enumerate(micro_batches, start=1):
-        with _reducing(model, number == len(micro_batches)):
+        with reducing(model, number == len(micro_batches)):
             batch = batch.to(world.device, non_blocking=True)
-            with autocast(precision, world.device):
+            with autocast(model, precision, world.device):
                 losses = model(batch)
             (losses.sum() * scale).backward()
         sums.append(loss_sums(losses, batch))
@@ -79,23 +72,16 @@ def backward(
 def rehearse(
     model: nn.Module, micro_batches: Sequence[Batch], *, precision: str, world: World
 ) -> None:
-    """Before the first step of several ranks, one backward pass whose gradient is thrown away.
+    """Before the first step under DDP, one backward pass whose gradient is thrown away.
 
     DistributedDataParallel lays out its buckets anew after its first backward pass, and the
     rounding of sums over three or more ranks depends on where in a bucket a gradient lies. So that
     a resumed run rounds like one that never stopped, both begin with the final layout.
     """
-    if world.size == 1:
+    if not isinstance(model, DistributedDataParallel):
         return
     backward(model, micro_batches[-1:], targets=1, precision=precision, world=world)
     model.zero_grad(set_to_none=True)
-
-
-def _reducing(model: nn.Module, reduce: bool) -> AbstractContextManager[object]:
-    """Gradients travel once a step: with the last micro-batch."""
-    if reduce or not isinstance(model, DistributedDataParallel):
-        return nullcontext()
-    return model.no_sync()
 
 
 def read_step(

@@ -10,7 +10,8 @@ from lst.train.corpus import Corpus
 from lst.train.distributed import World
 from lst.train.interrupt import Interrupt
 from lst.train.metrics import Loss
-from lst.train.step import autocast, loss_sums
+from lst.train.parallel import autocast
+from lst.train.step import loss_sums
 
 
 @torch.no_grad()
@@ -18,6 +19,8 @@ def validate(
     config: TrainConfig, corpus: Corpus, model: LanguageModel, interrupt: Interrupt, world: World
 ) -> dict[str, Loss] | None:
     """Loss by validation set (``valid/NAME``), each rank taking its share of the documents.
+
+    Ranks may make different numbers of forward passes, so a sharded model must be ``gathered``.
 
     Returns:
         None where a rank was asked to stop: a validation can be long, and can be done later.
@@ -42,7 +45,7 @@ def validate(
                 if interrupt:
                     break
                 batch = batch.to(world.device, non_blocking=True)
-                with autocast(config.precision, world.device):
+                with autocast(model, config.precision, world.device):
                     sums += loss_sums(model(batch), batch)
                 targets += batch.num_targets
                 speech_targets += batch.num_speech_targets
