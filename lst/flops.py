@@ -27,7 +27,6 @@ Shape letters: T tokens, P patches, S slots, V ids of the vocabulary.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -46,7 +45,7 @@ TRAINING = 3  # forward passes that a training step is worth
 TOKENS_PER_HOUR = 25 * 3600  # speech units
 PARTS = ("embedding", "encoder", "global_transformer", "decoder", "head")
 
-DEMO_CORPUS = Path("data/demo")
+DEMO_CORPUS = "data/demo"
 DEMO_VOCABULARY = Vocabulary(num_pieces=2000, num_units=501)
 PAPER_VOCABULARY = Vocabulary(num_pieces=32000, num_units=501)  # Llama 2's pieces, HuBERT's units
 

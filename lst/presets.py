@@ -41,7 +41,7 @@ DEMO = TrainConfig(
 
 LST_1B = TrainConfig(
     name="lst-1b",
-    data=DataConfig(corpus=Path("data/corpus"), rows=128, units_per_sequence=4096, num_workers=4),
+    data=DataConfig(corpus="data/corpus", rows=128, units_per_sequence=4096, num_workers=4),
     steps=200_000,
     out=Path("runs/lst-1b"),
     validate_every=5000,

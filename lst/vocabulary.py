@@ -18,6 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from lst.errors import UserError
+from lst.files import Location
 
 __all__ = [
     "BOS",
@@ -107,31 +108,24 @@ class Tokenizer(ABC):
         self.fingerprint = _sha256(content)
 
     @staticmethod
-    def load(path: Path | str) -> "Tokenizer":
+    def load(path: Path | str | Location) -> "Tokenizer":
         """Read a ``tokenizer.model`` (SentencePiece) or ``tokenizer.json`` (``tokenizers``).
 
         Args:
-            path: the file, whose suffix ``.json`` tells the second kind; or the folder that holds
-                one of the two.
+            path: the file, whose suffix ``.json`` or ``.model`` tells which; or the folder that
+                holds one of the two.
 
         Raises:
             UserError: it is missing or no such file; ``tokenizers`` is not installed.
         """
-        path = Path(path)
-        if path.is_dir():
-            kinds = (SentencePieceTokenizer, JsonTokenizer)
-            found = [path / kind.file_name for kind in kinds if (path / kind.file_name).exists()]
-            if len(found) != 1:
-                names = " or ".join(kind.file_name for kind in kinds)
-                raise UserError(
-                    f"{path}: expected {names}, got {'both' if found else 'no tokenizer'}"
-                )
-            path = found[0]
+        path = Location(path)
+        if path.is_folder():
+            path = _tokenizer_in(path)
         try:
             content = path.read_bytes()
-        except OSError as error:
-            raise UserError(f"{path}: no tokenizer could be read here ({error.strerror})") from None
-        kind = JsonTokenizer if path.suffix == ".json" else SentencePieceTokenizer
+        except FileNotFoundError:
+            raise UserError(f"{path}: expected a tokenizer, got no file") from None
+        kind = JsonTokenizer if path.url.endswith(".json") else SentencePieceTokenizer
         try:
             return kind(content)
         except UserError:
@@ -216,6 +210,15 @@ class JsonTokenizer(Tokenizer):
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
 
+def _tokenizer_in(folder: Location) -> Location:
+    kinds = (SentencePieceTokenizer, JsonTokenizer)
+    found = [folder / kind.file_name for kind in kinds if (folder / kind.file_name).exists()]
+    if len(found) != 1:
+        names = " or ".join(kind.file_name for kind in kinds)
+        raise UserError(f"{folder}: expected {names}, got {'both' if found else 'no tokenizer'}")
+    return found[0]
+
+
 def train_tokenizer(lines: Iterable[str], path: Path | str, *, num_pieces: int) -> Tokenizer:
     """Train byte-pair encoding with byte fallback on ``lines`` and write the model to ``path``.
 
@@ -250,19 +253,19 @@ def train_tokenizer(lines: Iterable[str], path: Path | str, *, num_pieces: int) 
             minloglevel=2,
         )
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise UserError(f"no tokenizer of {num_pieces} pieces from these lines: {reason}") from None
+        last = str(error).strip().splitlines()[-1]
+        raise UserError(f"no tokenizer of {num_pieces} pieces from these lines: {last}") from None
     tokenizer = SentencePieceTokenizer(model.getvalue())
     tokenizer.save(path)
     return tokenizer
 
 
-def fingerprint(path: Path | str) -> str:
+def fingerprint(path: Path | str | Location) -> str:
     """``sha256:<hex>`` of a file's bytes: how datasets name their codebook and tokenizer."""
     try:
-        return _sha256(Path(path).read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: could not be read ({error.strerror})") from None
+        return _sha256(Location(path).read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path}: expected a file, got none") from None
 
 
 def _sha256(content: bytes) -> str:

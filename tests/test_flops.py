@@ -193,7 +193,7 @@ def test_expected_counts_are_those_of_a_stream_of_the_mix(
 
 def test_the_demo_corpus_has_the_vocabulary_that_is_counted() -> None:
     corpus = DemoConfig()
-    assert corpus.out == flops.DEMO_CORPUS == PRESETS["demo"].data.corpus
+    assert str(corpus.out) == flops.DEMO_CORPUS == PRESETS["demo"].data.corpus
     made = Vocabulary(num_pieces=corpus.pieces, num_units=corpus.codes)
     assert made == flops.DEMO_VOCABULARY
 

@@ -7,25 +7,47 @@ A batch of R rows has R lanes. Lane l owns records l, l + R, l + 2R … of every
 shuffled anew each epoch, and yields (row, state after it); its row number is the training step. No
 lane knows of another, of processes or of workers, so what a lane yields depends on none of them.
 
-The next document comes from the source that has delivered the fewest content tokens (text pieces
-and speech units) for its weight. A source with fewer records than lanes is shared: every lane goes
-through all of it, in orders of its own.
+A source is a dataset and the kind of documents that its records become. The next document comes
+from the source that has delivered the least content for its weight: tokens (text pieces and speech
+units) or units (their patches). So each source's share of a lane is its weight's but for one
+document. A source with fewer records than lanes is shared: every lane goes through all of it, in
+orders of its own.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 
-from lst.data.interleave import record_document, stable_rng
+from lst.data.interleave import DOCUMENT_KINDS, DocumentKind, record_document, stable_rng
 from lst.data.packing import Packed, concatenate, patch_document, take
 from lst.data.patching import Aligned, PatchingConfig, Static, strategy_at
 from lst.data.records import Dataset
 from lst.errors import UserError
 from lst.vocabulary import Tokenizer, Vocabulary
 
-__all__ = ["Carry", "Lane", "LaneState", "SourceState"]
+__all__ = ["Carry", "Lane", "LaneState", "Source", "SourceState"]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A dataset, and what its records become."""
+
+    dataset: str
+    kind: DocumentKind
+
+    @classmethod
+    def parse(cls, key: str) -> Self:
+        """Read ``DATASET`` or ``DATASET:KIND``. Raises UserError where it is neither."""
+        dataset, colon, name = key.partition(":")
+        kinds = [kind for kind in DOCUMENT_KINDS if kind == (name if colon else "auto")]
+        if not dataset or not kinds:
+            raise UserError(
+                "data: expected a mixture of DATASET or DATASET:KIND, KIND one of "
+                f"{', '.join(DOCUMENT_KINDS)}; got {key!r}"
+            )
+        return cls(dataset, kinds[0])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +56,7 @@ class SourceState:
 
     epoch: int = 0
     position: int = 0  # of the next record in the order of this epoch
-    delivered: int = 0  # content tokens so far
+    delivered: int = 0  # content so far
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,8 +107,9 @@ class Lane:
     """One lane of ``num_lanes``.
 
     Args:
-        weights: by source, more than 0 each.
-        datasets: by source, the same names.
+        weights: by source, as ``Source.parse`` reads it; more than 0 each.
+        weights_in: what they are shares of.
+        datasets: by the name that the sources give it.
         row_units: units of a row, at least MIN_ROOM.
         patching, total_steps: what ``strategy_at`` reads.
     """
@@ -94,6 +117,7 @@ class Lane:
     number: int
     num_lanes: int
     weights: Mapping[str, float]
+    weights_in: Literal["tokens", "units"] = "tokens"
     datasets: Mapping[str, Dataset]
     vocabulary: Vocabulary
     tokenizer: Tokenizer
@@ -106,6 +130,7 @@ class Lane:
         self._names = sorted(
             self.weights
         )  # a tie goes to the first, in whatever order the mixture is
+        self._sources = {name: Source.parse(name) for name in self._names}
         self._orders: dict[tuple[str, int], np.ndarray] = {}
 
     def first_state(self) -> LaneState:
@@ -149,18 +174,22 @@ class Lane:
         return SourceState(epoch=epoch, position=position, delivered=source.delivered + content)
 
     def _document(self, drawn: Carry) -> tuple[Packed, int]:
-        """The whole patched document, and its content tokens: a pure function of what was drawn."""
+        """The whole patched document, and how much content it has: a pure function of what was
+        drawn."""
         epoch = drawn.epoch
         if self._is_shared(drawn.source):
             epoch = epoch * self.num_lanes + self.number  # no two lanes interleave a record alike
-        record = self.datasets[drawn.source][self._record_index(drawn)]
+        source = self._sources[drawn.source]
+        record = self.datasets[source.dataset][self._record_index(drawn)]
         rng = stable_rng(self.seed, epoch, record.id)
-        document = record_document(record, self.vocabulary, self.tokenizer, rng)
+        document = record_document(record, self.vocabulary, self.tokenizer, rng, source.kind)
         strategy = strategy_at(self.patching, drawn.row, self.total_steps, rng)
         if isinstance(strategy, Aligned) and not len(document.aligned):
             strategy = Static(size=self.patching.size)  # or all of the speech would be one patch
-        content = int((~self.vocabulary.is_special(document.tokens)).sum())
-        return patch_document(document, self.vocabulary, strategy), content
+        packed = patch_document(document, self.vocabulary, strategy)
+        specials = int(self.vocabulary.is_special(document.tokens).sum())  # a patch each
+        whole = packed.tokens if self.weights_in == "tokens" else packed.lengths
+        return packed, len(whole) - specials
 
     def _record_index(self, drawn: Carry) -> int:
         key = (drawn.source, drawn.epoch)
@@ -173,12 +202,15 @@ class Lane:
         return place if self._is_shared(drawn.source) else self.number + self.num_lanes * place
 
     def _is_shared(self, source: str) -> bool:
-        return len(self.datasets[source]) < self.num_lanes
+        return len(self._dataset(source)) < self.num_lanes
+
+    def _dataset(self, source: str) -> Dataset:
+        return self.datasets[self._sources[source].dataset]
 
     def _num_records(self, source: str) -> int:
         if self._is_shared(source):
-            return len(self.datasets[source])
-        return len(range(self.number, len(self.datasets[source]), self.num_lanes))
+            return len(self._dataset(source))
+        return len(range(self.number, len(self._dataset(source)), self.num_lanes))
 
     def _check(self, state: LaneState) -> None:
         where = f"lane {self.number} of {self.num_lanes}"
@@ -190,5 +222,5 @@ class Lane:
             *((name, source.position) for name, source in state.sources.items()),
             *((carry.source, carry.position) for carry in [state.carry] if carry is not None),
         ]:
-            if name not in self.datasets or not 0 <= position < self._num_records(name):
+            if name not in self._sources or not 0 <= position < self._num_records(name):
                 raise UserError(f"{where}: its state is not one of source {name!r} as it is now")

@@ -15,17 +15,17 @@ goes on from the lanes' states with the very rows it would have had.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lst.data.batch import Batch, PlanConfig, make_batch, plan_batch
 from lst.data.interleave import record_document, stable_rng
-from lst.data.lanes import Lane, LaneState
+from lst.data.lanes import Lane, LaneState, Source
 from lst.data.packing import MIN_ROOM, Packed, concatenate, patch_document
 from lst.data.patching import PatchingConfig, Strategy
 from lst.data.records import Dataset
 from lst.data.workers import lane_items
 from lst.errors import UserError
+from lst.files import Location
 from lst.vocabulary import Tokenizer, Vocabulary
 
 __all__ = ["DataConfig", "TrainLoader", "validation_batches"]
@@ -35,9 +35,12 @@ __all__ = ["DataConfig", "TrainLoader", "validation_batches"]
 class DataConfig:
     """What is trained on, and in what portions."""
 
-    corpus: Path = Path("data/demo")  # made by python -m lst.prepare
-    # Datasets under corpus/train, and their shares of the content tokens (the paper's 2 to 1).
+    corpus: str = "data/demo"  # made by python -m lst.prepare: a folder, or a URL of fsspec
+    # Shares of datasets under corpus/train (the paper's 2 to 1). A key is DATASET or DATASET:KIND,
+    # where KIND says what documents its records become: lst.data.interleave.DOCUMENT_KINDS.
     mixture: dict[str, float] = field(default_factory=lambda: {"text": 2.0, "speech": 1.0})
+    # What the shares are of: tokens (pieces and speech units), or units (their patches).
+    mixture_in: Literal["tokens", "units"] = "tokens"
     rows: int  # sequences in the global batch
     units_per_sequence: int  # one of them goes to the dead tail
     patching: PatchingConfig = field(default_factory=PatchingConfig)
@@ -49,6 +52,11 @@ class DataConfig:
         for name, weight in self.mixture.items():
             if not 0 < weight < float("inf"):
                 raise UserError(f"data: expected a weight above 0 for {name!r}, got {weight}")
+        sources: dict[Source, str] = {}
+        for name in self.mixture:
+            twin = sources.setdefault(Source.parse(name), name)
+            if twin != name:
+                raise UserError(f"data: {name!r} and {twin!r} of the mixture are the same")
         if self.rows < 1:
             raise UserError(f"data: expected at least 1 row, got {self.rows}")
         if self.units_per_sequence < MIN_ROOM + 1:
@@ -59,6 +67,11 @@ class DataConfig:
             )
         if self.num_workers < 0:
             raise UserError(f"data: expected 0 or more workers, got {self.num_workers}")
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """The datasets that the mixture is of, each once."""
+        return tuple(dict.fromkeys(Source.parse(name).dataset for name in self.mixture))
 
 
 class TrainLoader:
@@ -111,6 +124,7 @@ class TrainLoader:
                 number=number,
                 num_lanes=config.rows,
                 weights=config.mixture,
+                weights_in=config.mixture_in,
                 datasets=datasets,
                 vocabulary=vocabulary,
                 tokenizer=tokenizer,
@@ -146,8 +160,8 @@ def _open_datasets(
     config: DataConfig, vocabulary: Vocabulary, tokenizer: Tokenizer
 ) -> dict[str, Dataset]:
     datasets = {}
-    for name in config.mixture:
-        folder = config.corpus / "train" / name
+    for name in config.datasets:
+        folder = Location(config.corpus) / "train" / name
         dataset = Dataset.open(folder, tokenizer=tokenizer.fingerprint)
         if dataset.has_speech and dataset.info.num_units != vocabulary.num_units:
             raise UserError(
@@ -155,6 +169,10 @@ def _open_datasets(
                 f"got one of {dataset.info.num_units}"
             )
         datasets[name] = dataset
+    for key in config.mixture:
+        source = Source.parse(key)
+        if source.kind not in ("auto", "text") and not datasets[source.dataset].has_speech:
+            raise UserError(f"data: {key!r} of the mixture: expected a dataset of speech, got text")
     return datasets
 
 

@@ -31,6 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lst.errors import UserError
+from lst.files import Location
 
 __all__ = [
     "FRAMES_PER_SECOND",
@@ -329,8 +330,9 @@ def join_shards(
     folder = Path(folder)
     if not shards:
         raise UserError(f"{folder}: expected records to write, got none")
+    sizes = Location(folder).sizes() or {}
     for shard in shards:
-        _check_shard_file(folder / shard.info.name, shard.info)
+        _check_size(f"{folder / shard.info.name}", shard.info, sizes.get(shard.info.name))
     facts = {
         "num_records": sum(shard.info.rows for shard in shards),
         "num_frames": sum(shard.num_frames for shard in shards),
@@ -440,7 +442,7 @@ class Dataset(Sequence[Record]):
         fingerprint: ``sha256:<hex>`` of ``dataset.json``, and so of everything in the folder.
     """
 
-    def __init__(self, folder: Path, info: DatasetInfo, fingerprint: str) -> None:
+    def __init__(self, folder: Location, info: DatasetInfo, fingerprint: str) -> None:
         self.folder = folder
         self.info = info
         self.fingerprint = fingerprint
@@ -450,7 +452,7 @@ class Dataset(Sequence[Record]):
     @classmethod
     def open(
         cls,
-        folder: Path | str,
+        folder: Path | str | Location,
         *,
         codebook: str | None = None,
         tokenizer: str | None = None,
@@ -465,7 +467,7 @@ class Dataset(Sequence[Record]):
             UserError: not a dataset folder, no records, a missing or truncated shard, or units and
                 texts made with other files than the caller's.
         """
-        folder = Path(folder)
+        folder = Location(folder)
         info, fingerprint = _read_info(folder, "records", codebook, tokenizer)
         return cls(folder, info, fingerprint)
 
@@ -491,10 +493,10 @@ class Dataset(Sequence[Record]):
 
 
 def read_items(
-    folder: Path | str, *, codebook: str | None = None, tokenizer: str | None = None
+    folder: Path | str | Location, *, codebook: str | None = None, tokenizer: str | None = None
 ) -> list[StoryItem]:
     """Read what :func:`write_items` wrote; the same checks and errors as :meth:`Dataset.open`."""
-    folder = Path(folder)
+    folder = Location(folder)
     info, _ = _read_info(folder, "items", codebook, tokenizer)
     items = []
     for shard in info.shards:
@@ -537,16 +539,17 @@ def _row_record(fields: dict[str, Any]) -> Record:
 
 
 def _read_info(
-    folder: Path, kind: str, codebook: str | None, tokenizer: str | None
+    folder: Location, kind: str, codebook: str | None, tokenizer: str | None
 ) -> tuple[DatasetInfo, str]:
     path = folder / "dataset.json"
     try:
         content = path.read_bytes()
-    except OSError:
+    except FileNotFoundError:
         raise UserError(
-            f"{folder}: expected a dataset folder, got no readable dataset.json in it "
+            f"{folder}: expected a dataset folder, got no dataset.json in it "
             "(its writer did not finish, or the path is another)"
         ) from None
+    sizes = folder.sizes()
     try:
         facts = json.loads(content)
         if (facts["format"], facts["kind"]) != (FORMAT, kind):
@@ -569,22 +572,26 @@ def _read_info(
         got = getattr(info, name)
         if None not in (expected, got) and expected != got:
             raise UserError(f"{path}: expected data made with {name} {expected}, got {got}")
-    for shard in shards:
-        _check_shard_file(folder / shard.name, shard)
+    if sizes is not None:
+        for shard in shards:
+            _check_size(f"{folder / shard.name}", shard, sizes.get(shard.name))
     return info, f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
-def _check_shard_file(path: Path, shard: ShardInfo) -> None:
-    if not path.is_file():
-        raise UserError(f"{path}: expected a shard of {shard.rows} records, got no file")
-    if path.stat().st_size != shard.bytes:
-        raise UserError(f"{path}: expected {shard.bytes} bytes, got {path.stat().st_size}")
+def _check_size(where: str, shard: ShardInfo, size: int | None) -> None:
+    if size is None:
+        raise UserError(f"{where}: expected a shard of {shard.rows} records, got no file")
+    if size != shard.bytes:
+        raise UserError(f"{where}: expected {shard.bytes} bytes, got {size}")
 
 
-def _read_table(folder: Path, shard: ShardInfo, schema: pa.Schema) -> pa.Table:
+def _read_table(folder: Location, shard: ShardInfo, schema: pa.Schema) -> pa.Table:
     path = folder / shard.name
-    _check_shard_file(path, shard)
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: expected a shard of {shard.rows} records, got no file") from None
+    _check_size(f"{path}", shard, len(content))
     digest = hashlib.sha256(content).hexdigest()
     if digest != shard.sha256:
         raise UserError(f"{path}: expected content of SHA-256 {shard.sha256}, got {digest}")
@@ -646,7 +653,7 @@ class _Columns:
         return Record(units=units, words=words, chars=chars, **strings)
 
 
-def _read_columns(folder: Path, shard: ShardInfo, num_units: int) -> _Columns:
+def _read_columns(folder: Location, shard: ShardInfo, num_units: int) -> _Columns:
     table = _read_table(folder, shard, _RECORD_SCHEMA)
     units, words, chars = (_Lists.of(table.column(name)) for name in ("units", "words", "chars"))
     columns = _Columns(

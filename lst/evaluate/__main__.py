@@ -12,6 +12,7 @@ from lst.data.patching import final_strategy
 from lst.data.records import read_items
 from lst.errors import run_command
 from lst.evaluate.story_completion import format_table, story_completion
+from lst.files import Location
 from lst.train.checkpoint import load_model
 
 MODES: dict[str, Mode] = {"S2S": "S→S", "T2T": "T→T", "S2T": "S→T", "T2S": "T→S"}
@@ -31,7 +32,7 @@ class EvaluateConfig:
 def main() -> None:
     config = tyro.cli(EvaluateConfig, description=__doc__)
     model, trained, vocabulary, tokenizer = load_model(config.checkpoint, config.device)
-    items = read_items(config.items or trained.data.corpus / "items")
+    items = read_items(config.items or Location(trained.data.corpus) / "items")
     scores = story_completion(
         model.eval(),
         items,

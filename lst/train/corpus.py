@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from lst.data.loader import DataConfig
 from lst.data.records import Dataset, StoryItem, read_items
 from lst.errors import UserError
+from lst.files import Location
 from lst.train.checkpoint import State
 from lst.vocabulary import Tokenizer, Vocabulary, fingerprint
 
@@ -26,8 +27,8 @@ def open_corpus(config: DataConfig) -> Corpus:
     Raises:
         UserError: one is missing, damaged, or made with another tokenizer or codebook.
     """
-    folder = config.corpus
-    if not folder.is_dir():
+    folder = Location(config.corpus)
+    if not folder.exists():
         raise UserError(
             f"{folder}: expected a corpus folder, got none; "
             f"make one by python -m lst.prepare demo --out {folder}"
@@ -39,11 +40,12 @@ def open_corpus(config: DataConfig) -> Corpus:
         "tokenizer": tokenizer.fingerprint,
         "codebook": fingerprint(codebook) if codebook.exists() else None,
     }
-    train = {name: Dataset.open(folder / "train" / name, **files) for name in config.mixture}
+    train = {name: Dataset.open(folder / "train" / name, **files) for name in config.datasets}
     codebooks = {data.info.codebook for data in train.values() if data.info.codebook is not None}
     if len(codebooks) > 1:
         raise UserError(f"{folder}: expected units of one codebook, got {sorted(codebooks)}")
-    names = sorted(path.parent.name for path in (folder / "valid").glob("*/dataset.json"))
+    valid = folder / "valid"
+    names = [name for name in valid.folders() if (valid / name / "dataset.json").exists()]
     items = folder / "items"
     return Corpus(
         tokenizer=tokenizer,
@@ -52,8 +54,8 @@ def open_corpus(config: DataConfig) -> Corpus:
             num_units=max(data.info.num_units for data in train.values()),
         ),
         fingerprints={name: data.fingerprint for name, data in train.items()},
-        valid={name: Dataset.open(folder / "valid" / name, **files) for name in names},
-        items=read_items(items, **files) if items.is_dir() else [],
+        valid={name: Dataset.open(valid / name, **files) for name in names},
+        items=read_items(items, **files) if items.exists() else [],
     )
 
 

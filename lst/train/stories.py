@@ -4,6 +4,7 @@ from dataclasses import asdict
 
 from lst.data.patching import final_strategy
 from lst.evaluate import format_table, story_completion
+from lst.files import Location
 from lst.model import LanguageModel
 from lst.train.config import TrainConfig
 from lst.train.corpus import Corpus
@@ -17,7 +18,7 @@ def complete_stories(
 ) -> None:
     """Score the corpus's stories, print the table, write it to ``story_completion.{json,md}``."""
     if not corpus.items:
-        log.say(f"no story completion: {config.data.corpus / 'items'} holds no stories")
+        log.say(f"no story completion: {Location(config.data.corpus) / 'items'} holds no stories")
         return
     with world.together():
         if not world.is_main:

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 from lst.data.interleave import record_document, stable_rng
-from lst.data.lanes import Lane, LaneState
+from lst.data.lanes import Lane, LaneState, Source
 from lst.data.packing import IGNORE, MIN_ROOM
 from lst.data.patching import PatchingConfig
 from lst.data.records import Dataset
 from lst.errors import UserError
 from lst.vocabulary import BOS, SPEECH, TEXT
+
+STATIC = PatchingConfig(strategy="static")
 
 
 @pytest.fixture
@@ -23,7 +25,10 @@ def make_lane(corpus):
         weights = weights or {"text": 2.0, "speech": 1.0}
         defaults = {
             "num_lanes": 4,
-            "datasets": {name: Dataset.open(corpus.folder / "train" / name) for name in weights},
+            "datasets": {
+                name: Dataset.open(corpus.folder / "train" / name)
+                for name in {key.split(":")[0] for key in weights}
+            },
             "vocabulary": corpus.vocabulary,
             "tokenizer": corpus.tokenizer,
             "row_units": 63,
@@ -131,6 +136,41 @@ def test_sources_deliver_content_by_weight(corpus, make_lane):
         assert ratio == pytest.approx(weights["text"] / weights["speech"], rel=0.1)
         delivered = {name: each.delivered for name, each in rows[-1][1].sources.items()}
         assert delivered["text"] == pytest.approx(content["text"], abs=100)
+
+
+@pytest.mark.parametrize("weights_in", ["tokens", "units"])
+def test_the_shares_of_a_long_run_are_exact_but_for_a_document(corpus, make_lane, weights_in):
+    """The paper's 2 to 1, and three sources by modality, in either measure."""
+    for weights in (
+        {"text": 2.0, "speech": 1.0},
+        {"text": 0.5, "speech:speech": 0.2, "speech:interleaved": 0.3},
+    ):
+        lane = make_lane(weights=weights, weights_in=weights_in, patching=STATIC)
+        rows = rows_of(lane, 300)
+        delivered = {name: each.delivered for name, each in rows[-1][1].sources.items()}
+        longest = 39 * 10 + 4  # frames of the longest record of lane 0: 39 words of at most 10
+        levels = [delivered[name] / weights[name] for name in weights]
+        assert max(levels) - min(levels) <= longest / min(weights.values())
+        # Against the rows themselves: what was delivered is what they hold.
+        specials = sum(int(corpus.vocabulary.is_special(row.tokens).sum()) for row, _ in rows)
+        held = sum(len(row.tokens if weights_in == "tokens" else row.lengths) for row, _ in rows)
+        assert sum(delivered.values()) == pytest.approx(held - specials, abs=longest)
+
+
+def test_a_source_makes_the_kind_of_documents_that_it_names(corpus, make_lane):
+    starts = {"speech:text": None, "speech:speech": SPEECH, "speech:speech-to-text": SPEECH,
+              "speech:text-to-speech": TEXT}  # fmt: skip
+    for key, marker in starts.items():
+        for _, tokens in documents_of(rows_of(make_lane(weights={key: 1.0}), 20)):
+            expected = tokens[1] if marker is None else marker
+            assert tokens[1] == expected
+            assert (marker is None) == corpus.vocabulary.is_piece(tokens[1])
+
+
+@pytest.mark.parametrize("key", ["speech:", ":speech", "speech:song", "speech:auto:text", ""])
+def test_a_source_that_is_none_is_refused(key):
+    with pytest.raises(UserError, match=r"expected a mixture of DATASET or DATASET:KIND, KIND one"):
+        Source.parse(key)
 
 
 def test_the_order_of_the_mixture_does_not_matter(make_lane):

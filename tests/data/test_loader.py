@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from itertools import chain, islice
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -27,7 +28,7 @@ def make_loader(corpus):
     def make(
         plan=PLAN, states=None, total_steps=40, rank=0, world_size=1, accumulation=1, **options
     ):
-        defaults = {"corpus": corpus.folder, "rows": ROWS, "units_per_sequence": UNITS}
+        defaults = {"corpus": str(corpus.folder), "rows": ROWS, "units_per_sequence": UNITS}
         return TrainLoader(
             DataConfig(**(defaults | options)),
             corpus.vocabulary,
@@ -126,10 +127,22 @@ def test_a_damaged_shard_is_one_line_from_a_worker_too(corpus, make_loader, tmp_
     path = tmp_path / "train" / "text" / "shard-00001.parquet"
     path.write_bytes(path.read_bytes()[::-1])
     for num_workers in (0, 1):
-        loader = make_loader(corpus=tmp_path, num_workers=num_workers)
+        loader = make_loader(corpus=str(tmp_path), num_workers=num_workers)
         with pytest.raises(UserError, match=r"^\S*shard-00001\.parquet: expected content of SHA"):
             steps(loader, 20)
     assert not multiprocessing.active_children()
+
+
+def test_a_corpus_is_read_from_a_url_too(corpus, make_loader):
+    fs = fsspec.filesystem("memory")
+    fs.put(str(corpus.folder / "train"), "/remote/train", recursive=True)
+    try:
+        assert steps(make_loader(corpus="memory://remote"), 3) == steps(make_loader(), 3)
+        fs.rm("/remote/train/text/shard-00001.parquet")
+        with pytest.raises(UserError, match=r"^memory://remote/train/text/shard-00001\.parq"):
+            make_loader(corpus="memory://remote")
+    finally:
+        fs.rm("/remote", recursive=True)
 
 
 def test_a_token_level_model_has_every_token_as_a_unit(make_loader):
@@ -143,6 +156,9 @@ BAD_CONFIGS = {
     "units": ({"units_per_sequence": 3}, "expected at least 4 units per sequence .* got 3"),
     "mixture": ({"mixture": {}}, "expected a mixture of at least one dataset"),
     "weight": ({"mixture": {"text": 0.0}}, "expected a weight above 0 for 'text', got 0.0"),
+    "kind": ({"mixture": {"text:song": 1.0}}, "expected a mixture of DATASET or DATASET:KIND"),
+    "no speech": ({"mixture": {"text:speech": 1.0}}, "'text:speech' .* a dataset of speech, got"),
+    "twins": ({"mixture": {"text": 1.0, "text:auto": 1.0}}, "'text:auto' and 'text' .* the same"),
     "workers": ({"num_workers": -1}, "expected 0 or more workers, got -1"),
     "folder": ({"mixture": {"songs": 1.0}}, "train/songs: expected a dataset folder"),
     "baseline": ({"plan": PlanConfig(local=False)}, "expected the patching strategy 'none'"),
@@ -164,7 +180,7 @@ def test_bad_configurations_are_refused_before_the_first_batch(make_loader, opti
 
 
 def test_units_of_another_codebook_are_refused(corpus):
-    config = DataConfig(corpus=corpus.folder, rows=1, units_per_sequence=16)
+    config = DataConfig(corpus=str(corpus.folder), rows=1, units_per_sequence=16)
     other = Vocabulary(num_pieces=300, num_units=501)
     with pytest.raises(UserError, match="units of a codebook of 501, got one of 50"):
         TrainLoader(config, other, corpus.tokenizer, PLAN, seed=0, total_steps=1)
@@ -206,7 +222,7 @@ def test_a_loader_can_be_read_again_from_its_start(make_loader):
 
 
 def test_the_seed_decides(corpus, make_loader):
-    config = DataConfig(corpus=corpus.folder, rows=ROWS, units_per_sequence=UNITS)
+    config = DataConfig(corpus=str(corpus.folder), rows=ROWS, units_per_sequence=UNITS)
     other = TrainLoader(
         replace(config), corpus.vocabulary, corpus.tokenizer, PLAN, seed=4, total_steps=40
     )

@@ -115,7 +115,7 @@ def test_long_lines_are_learnt_from(tmp_path):
 
 
 def test_user_mistakes_are_one_line(tmp_path):
-    with pytest.raises(UserError, match=r"none\.model: no tokenizer could be read"):
+    with pytest.raises(UserError, match=r"none\.model: expected a tokenizer, got no file"):
         Tokenizer.load(tmp_path / "none.model")
     (tmp_path / "other").write_bytes(b"not a model")
     with pytest.raises(UserError, match="expected a SentencePiece model"):

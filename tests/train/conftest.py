@@ -105,7 +105,7 @@ def tiny(corpus: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
                 decoder_window=8,
             ),
             data=DataConfig(
-                corpus=corpus,
+                corpus=str(corpus),
                 rows=4,
                 units_per_sequence=48,
                 patching=PatchingConfig(strategy="curriculum"),

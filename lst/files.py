@@ -1,0 +1,89 @@
+"""Where files are: in a folder of this machine, or behind any URL that fsspec reads.
+
+    Location("data/demo") / "train" / "text" / "dataset.json"
+    Location("s3://bucket/corpus") / "tokenizer.model"
+
+Reading alone; what is written is written to this machine.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import fsspec
+
+from lst.errors import UserError
+
+__all__ = ["Location", "reason"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class Location:
+    """A file or folder to read from.
+
+    Args:
+        url: a path, a URL (``s3://…``, ``gs://…``, ``https://…``, ``memory://…``), or a Location.
+
+    Every method raises UserError where the place cannot be asked: its protocol is unknown or needs
+    a package that is not installed, or there is no permission or no connection.
+    """
+
+    url: str
+
+    def __init__(self, url: "str | os.PathLike[str] | Location") -> None:
+        object.__setattr__(self, "url", url.url if isinstance(url, Location) else os.fspath(url))
+
+    def __truediv__(self, name: str) -> "Location":
+        return Location(f"{self.url.rstrip('/')}/{name}")
+
+    def __str__(self) -> str:
+        return self.url
+
+    def read_bytes(self) -> bytes:
+        """Raises FileNotFoundError where nothing is there."""
+        return self._ask(lambda fs, path: bytes(fs.cat_file(path)))
+
+    def exists(self) -> bool:
+        return self._ask(lambda fs, path: bool(fs.exists(path)))
+
+    def is_folder(self) -> bool:
+        return self._ask(lambda fs, path: bool(fs.isdir(path)))
+
+    def folders(self) -> list[str]:
+        """The names of the folders in this one, sorted; none where it is not there."""
+        return sorted(_name(each) for each in self._entries() if each["type"] == "directory")
+
+    def sizes(self) -> dict[str, int] | None:
+        """The bytes of each file in this folder by its name; None of a web server, which need not
+        say."""
+        if self.url.startswith(("http://", "https://")):
+            return None
+        return {_name(each): each["size"] for each in self._entries() if each["type"] == "file"}
+
+    def _entries(self) -> list[dict[str, Any]]:
+        try:
+            return self._ask(lambda fs, path: list(fs.ls(path, detail=True, refresh=True)))
+        except FileNotFoundError:
+            return []
+
+    def _ask(self, question: Callable[[Any, str], T]) -> T:
+        try:
+            return question(*fsspec.core.url_to_fs(self.url))
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise UserError(f"{self.url}: could not be read ({reason(error)})") from None
+        except Exception as error:  # what a protocol's package defines
+            raise UserError(f"{self.url}: could not be read ({error})") from error
+
+
+def reason(error: OSError) -> str:
+    """Why a file could not be read or written, in a few words."""
+    return error.strerror or str(error) or type(error).__name__
+
+
+def _name(entry: dict[str, Any]) -> str:
+    return str(entry["name"]).rstrip("/").rsplit("/", 1)[-1]

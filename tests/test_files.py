@@ -1,0 +1,92 @@
+"""A corpus is read the same from a folder and from any URL; what cannot be read is one line."""
+
+import os
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from lst.errors import UserError
+from lst.files import Location
+
+FILES = {"a/one.txt": b"1", "a/two.txt": b"22", "b/three.txt": b"333", "top.txt": b""}
+
+
+@pytest.fixture(params=["path", "file://", "memory://"])
+def folder(request, tmp_path):
+    if request.param == "memory://":
+        fs = fsspec.filesystem("memory")
+        for name, content in FILES.items():
+            fs.pipe_file(f"/test_files/{name}", content)
+        yield Location("memory://test_files")
+        fs.rm("/test_files", recursive=True)
+        return
+    for name, content in FILES.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+    yield Location(tmp_path if request.param == "path" else f"file://{tmp_path}")
+
+
+def test_a_place_tells_what_it_holds(folder):
+    assert folder.folders() == ["a", "b"]
+    assert (folder / "a").sizes() == {"one.txt": 1, "two.txt": 2}
+    assert (folder / "b" / "three.txt").read_bytes() == b"333"
+    assert (folder / "top.txt").read_bytes() == b""
+    assert folder.exists()
+    assert folder.is_folder()
+    assert not (folder / "top.txt").is_folder()
+
+
+def test_what_is_not_there_is_not_there(folder):
+    assert not (folder / "c").exists()
+    assert (folder / "c").folders() == []
+    assert (folder / "c").sizes() == {}
+    with pytest.raises(FileNotFoundError):
+        (folder / "c").read_bytes()
+
+
+def test_a_file_that_appears_later_is_seen(folder):
+    assert "new.txt" not in (folder / "a").sizes()
+    fs, path = fsspec.core.url_to_fs((folder / "a" / "new.txt").url)
+    fs.pipe_file(path, b"new")
+    assert (folder / "a").sizes()["new.txt"] == 3
+
+
+def test_a_place_prints_as_it_was_given(tmp_path):
+    assert str(Location(tmp_path) / "x") == str(tmp_path / "x")
+    assert str(Location("data/demo/") / "x") == "data/demo/x"
+    assert str(Location(Location("s3://bucket/corpus")) / "x") == "s3://bucket/corpus/x"
+    assert Location(Path("a")) == Location("a")
+
+
+def test_an_unknown_protocol_and_a_missing_package_are_one_line():
+    with pytest.raises(UserError, match=r"^nowhere://x: could not be read \(Protocol not known"):
+        Location("nowhere://x").exists()
+    fsspec.register_implementation("absent", "no_such_package.FileSystem", errtxt="Install it")
+    with pytest.raises(UserError, match=r"^absent://x: could not be read \(Install it"):
+        Location("absent://x").read_bytes()
+
+
+def test_errors_of_any_protocol_are_one_line():
+    class Guarded(fsspec.AbstractFileSystem):
+        def cat_file(self, path, **_):
+            raise RuntimeError("no credentials")
+
+    fsspec.register_implementation("guarded", Guarded)
+    with pytest.raises(UserError, match=r"^guarded://x: could not be read \(no credentials\)$"):
+        Location("guarded://x").read_bytes()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission_is_one_line(tmp_path):
+    path = tmp_path / "secret"
+    path.write_bytes(b"")
+    path.chmod(0)
+    with pytest.raises(UserError, match="could not be read"):
+        Location(path).read_bytes()
+
+
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(UserError, match=r"could not be read \(Is a directory\)"):
+        Location(tmp_path).read_bytes()
