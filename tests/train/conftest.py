@@ -90,11 +90,11 @@ def stories(corpus: Path) -> Any:
     folder.rmdir()
 
 
-@pytest.fixture
-def tiny(corpus: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
-    """``tiny("name", steps=6, …)``: a run in a folder of that name, a line of metrics a step."""
+@pytest.fixture(scope="session")
+def make_tiny(corpus: Path) -> Callable[..., TrainConfig]:
+    """``make_tiny(folder, steps=6, …)``: a run in that folder, a line of metrics a step."""
 
-    def make(name: str = "run", **changes: Any) -> TrainConfig:
+    def make(out: Path, **changes: Any) -> TrainConfig:
         config = TrainConfig(
             name="tiny",
             model=ModelConfig(
@@ -112,7 +112,7 @@ def tiny(corpus: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
             ),
             optimizer=OptimizerConfig(lr=1e-2, warmup_steps=2),
             steps=6,
-            out=tmp_path / name,
+            out=out,
             validate_every=3,
             checkpoint_every=2,
             keep=3,
@@ -122,3 +122,9 @@ def tiny(corpus: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
         return replace(config, **changes)
 
     return make
+
+
+@pytest.fixture
+def tiny(make_tiny: Callable[..., TrainConfig], tmp_path: Path) -> Callable[..., TrainConfig]:
+    """``tiny("name", steps=6, …)``: the same in a folder of that name."""
+    return lambda name="run", **changes: make_tiny(tmp_path / name, **changes)
