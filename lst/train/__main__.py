@@ -13,7 +13,7 @@ from lst.presets import DESCRIPTIONS, PRESETS
 from lst.train.config import TrainConfig
 from lst.train.distributed import SharedError, launched_rank
 from lst.train.loop import train
-from lst.train.run_folder import read_run_config
+from lst.train.run_folder import holds_run, read_run_config
 
 DEFAULT_PRESET = "demo"
 SILENCE = 5.0  # seconds that the other ranks leave rank 0 to speak of a mistake
@@ -24,7 +24,7 @@ class Command:
     """What stands after the preset."""
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
-    resume: Path | None = None  # go on with the run in this folder, with its own configuration
+    resume: str | None = None  # go on with the run in this folder; auto: in --out, or start it
 
 
 def parse(arguments: list[str]) -> tuple[TrainConfig, bool]:
@@ -39,7 +39,7 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, bool]:
         preset, *options = arguments
         if preset not in PRESETS:
             raise UserError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
-    resumed = _resumed_folder(options)
+    resumed = _resumed_folder(options, PRESETS[preset or DEFAULT_PRESET].out)
     started = None if resumed is None else replace(read_run_config(resumed), out=resumed)
     base = PRESETS[preset or DEFAULT_PRESET]
     if started is not None:
@@ -59,14 +59,28 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, bool]:
     return command.config, started is not None
 
 
-def _resumed_folder(options: list[str]) -> Path | None:
-    """The value of ``--resume``: read first, as the run in it gives the other options' defaults."""
-    for place, option in enumerate(options):
-        if option == "--resume" and place + 1 < len(options):
-            return Path(options[place + 1])
-        if option.startswith("--resume="):
-            return Path(option.removeprefix("--resume="))
-    return None
+def _resumed_folder(options: list[str], out: Path) -> Path | None:
+    """The run to go on with: read first, as it gives the other options' defaults.
+
+    Args:
+        out: the folder of the preset's runs.
+    """
+    resume = _value("--resume", options)
+    if resume != "auto":
+        return None if resume is None else Path(resume)
+    folder = Path(_value("--out", options) or out)
+    return folder if holds_run(folder) else None
+
+
+def _value(option: str, options: list[str]) -> str | None:
+    """What is given for an option, by its last mention."""
+    value = None
+    for place, word in enumerate(options):
+        if word == option and place + 1 < len(options):
+            value = options[place + 1]
+        elif word.startswith(f"{option}="):
+            value = word.removeprefix(f"{option}=")
+    return value
 
 
 def _description() -> str:
@@ -74,7 +88,9 @@ def _description() -> str:
     presets = "\n".join(f"  {name:<{width}}  {DESCRIPTIONS[name]}" for name in PRESETS)
     return (
         f"Train a model. Presets (default: {DEFAULT_PRESET}):\n\n{presets}\n\n"
-        "The options show the preset's values. A stopped run goes on by --resume FOLDER alone."
+        "The options show the preset's values. A stopped run goes on by --resume FOLDER alone; "
+        "a command with --resume auto starts its run where --out holds none, and goes on with it "
+        "where it does."
     )
 
 

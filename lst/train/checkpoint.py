@@ -3,47 +3,61 @@
 ::
 
     checkpoints/step-00000100/
-        model/*.safetensors         weights            \\ torch.distributed.checkpoint with its
-        optimizer/*.safetensors     AdamW's moments    / safetensors storage: no pickle
+        model/model.safetensors     the weights, whole, by the names of model.state_dict()
+        optimizer/*.safetensors     AdamW's moments, a file for every rank that wrote some
         config.json                 the run's configuration
         tokenizer.model             or tokenizer.json
-        state.json                  the rest (State), and every other file's size
+        state.json                  the rest (State)
+        manifest.json               size and SHA-256 of every other file, see manifest.py
 
-A checkpoint is written under a temporary name, pushed to the disk and renamed. It counts as
-complete where ``state.json``, written last, is there and every file that it lists has its size.
+Tensors go through torch.distributed.checkpoint and its safetensors storage: every rank writes what
+it holds, and reads what it needs, whatever the number of ranks was. Nothing is ever unpickled.
+
+A checkpoint is written under a temporary name, pushed to the disk and renamed; one that goes is
+renamed before it is removed. Before anything in it is read, every file is checked against the
+manifest.
 """
 
 import json
+import shutil
+import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lst.errors import UserError
 from lst.model import LanguageModel, build_model
 from lst.train.config import TrainConfig, read_config, to_json
 from lst.train.distributed import SharedError, World
-from lst.train.optimizer import optimizer_tensors
-from lst.train.run_folder import (
-    CHECKPOINTS,
-    CONFIG,
-    fsync,
-    remove_folder,
-    write_json,
-    writing,
+from lst.train.manifest import (
+    MANIFEST,
+    faults,
+    file_names,
+    hash_files,
+    size_faults,
+    write_manifest,
 )
+from lst.train.optimizer import optimizer_tensors
+from lst.train.run_folder import CHECKPOINTS, CONFIG, fsync, write_json, writing
 from lst.vocabulary import Tokenizer, Vocabulary
 
-FORMAT = 1  # of state.json; raised when an older reader would misread a newer checkpoint
+FORMAT = 2  # of state.json; raised when an older reader would misread a newer checkpoint
 STATE = "state.json"
+MODEL, OPTIMIZER = "model", "optimizer"
+WEIGHTS = "model.safetensors"  # in MODEL
+ALONE = World(0, 1, torch.device("cpu"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,69 +79,91 @@ def save_checkpoint(
     config: TrainConfig,
     state: State,
     tokenizer: Tokenizer,
-    model: LanguageModel,
-    optimizer: torch.optim.Optimizer,
+    weights: dict[str, Tensor],
+    moments: dict[str, Tensor],
     world: World,
 ) -> Path:
-    """Write a checkpoint and remove all but the newest ``config.keep``; every rank calls it.
+    """Write a checkpoint; every rank calls it.
 
     Args:
         state: ``lanes`` are the rank's own; those of all ranks are written.
+        weights, moments: of ``model.state_dict()`` and :func:`optimizer_tensors`. Of a DTensor
+            every rank writes its part; of another tensor one rank writes all.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        UserError: it cannot be written; the checkpoints before it are still there.
+        SharedError: it cannot be written. Nothing of it is left, and the ones before are as before.
     """
     folder = config.out / CHECKPOINTS / f"step-{state.step:08d}"
     temporary = folder.with_name(f".{folder.name}.tmp")
-    with world.together():
+    try:
+        with world.together():
+            if world.is_main:
+                _remove(temporary)
+                with writing(temporary):
+                    temporary.mkdir(parents=True)
+        _save_tensors(temporary / MODEL, weights, world)
+        _save_tensors(temporary / OPTIMIZER, moments, world)
+        lanes = {lane: value for part in world.gather(state.lanes) for lane, value in part.items()}
+        with world.together():
+            if world.is_main:
+                _join_shards(temporary / MODEL)
+                write_json(temporary / CONFIG, to_json(config))
+                with writing(temporary):
+                    tokenizer.save(temporary / tokenizer.file_name)
+                write_json(temporary / STATE, _state_json(state, lanes))
+        hashes = hash_files(temporary, world.gather(file_names(temporary))[0], world)
+        with world.together():
+            if world.is_main:
+                write_manifest(temporary, hashes)
+                _publish(temporary, folder)
+    except SharedError:
         if world.is_main:
-            for left_over in folder.parent.glob(".step-*.tmp"):  # by a save that died
-                remove_folder(left_over)
-            with writing(temporary):
-                temporary.mkdir(parents=True)
-    _save_tensors(temporary / "model", model.state_dict())
-    _save_tensors(temporary / "optimizer", optimizer_tensors(model, optimizer))
-    lanes = {lane: value for part in world.gather(state.lanes) for lane, value in part.items()}
-    with world.together():
-        if world.is_main:
-            write_json(temporary / CONFIG, to_json(config))
-            with writing(temporary):
-                tokenizer.save(temporary / tokenizer.file_name)
-                files = _sync_files(temporary)
-            write_json(temporary / STATE, _state_json(state, lanes, files))
-            remove_folder(folder)  # where it exists it is incomplete, or this very step again
-            with writing(folder):
-                temporary.rename(folder)
-                fsync(folder.parent)
-            _remove_old(config.out, config.keep)
+            with suppress(UserError):  # the first error is the one to tell of
+                _remove(temporary)
+        raise
     return folder
 
 
-def _save_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    with _quiet_alone():
+def _save_tensors(folder: Path, tensors: dict[str, Tensor], world: World) -> None:
+    _expect_a_single_process()
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    try:
+        dcp.save(tensors, storage_writer=writer, process_group=world.group)
+    except CheckpointException as error:  # of every rank alike
+        for cause in error.failures.values():
+            if isinstance(cause[0], OSError):
+                reason = cause[0].strerror
+                raise SharedError(f"{folder}: cannot be written ({reason})") from None
+        raise
+
+
+def _join_shards(folder: Path) -> None:
+    """Make the files that the ranks wrote one, which ``safetensors`` alone reads whole."""
+    shards = sorted(folder.iterdir())
+    path = folder / WEIGHTS
+    with writing(path):
+        if len(shards) == 1:
+            shards[0].rename(path)
+            return
+        reader = HuggingFaceStorageReader(str(folder))
+        tensors = {
+            name: torch.empty(saved.size, dtype=saved.properties.dtype)
+            for name, saved in reader.read_metadata().state_dict_metadata.items()
+            if isinstance(saved, TensorStorageMetadata)  # which all are
+        }
+        _load_tensors(folder, tensors)
+        for shard in shards:
+            shard.unlink()
         try:
-            writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-            dcp.save(tensors, storage_writer=writer)
-        except CheckpointException as error:
-            for cause in error.failures.values():
-                if isinstance(cause[0], OSError):
-                    reason = cause[0].strerror
-                    raise SharedError(f"{folder}: cannot be written ({reason})") from None
-            raise
+            save_file(tensors, path)
+        except SafetensorError as error:
+            raise UserError(f"{path}: cannot be written ({error})") from None
 
 
-def _sync_files(folder: Path) -> dict[str, int]:
-    """Push everything in ``folder`` to the disk; sizes of its files by relative name."""
-    paths = sorted(folder.rglob("*"))
-    for path in [*paths, folder]:
-        fsync(path)
-    return {str(p.relative_to(folder)): p.stat().st_size for p in paths if p.is_file()}
-
-
-def _state_json(state: State, lanes: dict[int, Any], files: dict[str, int]) -> dict[str, Any]:
+def _state_json(state: State, lanes: dict[int, Any]) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "step": state.step,
@@ -136,63 +172,131 @@ def _state_json(state: State, lanes: dict[int, Any], files: dict[str, int]) -> d
         "vocabulary": asdict(state.vocabulary),
         "datasets": state.datasets,
         "lanes": {str(lane): lanes[lane] for lane in sorted(lanes)},
-        "files": files,
     }
 
 
-def _remove_old(out: Path, keep: int) -> None:
-    for folder in complete_checkpoints(out)[:-keep]:
-        remove_folder(folder)
+def _publish(temporary: Path, folder: Path) -> None:
+    """Push a whole checkpoint to the disk and give it its name."""
+    with writing(folder):
+        for path in [*temporary.rglob("*"), temporary]:
+            fsync(path)
+        _remove(folder)  # where it exists it is damaged
+        temporary.rename(folder)
+        fsync(folder.parent)
+
+
+# Removing -----------------------------------------------------------------------------------------
+
+
+def remove_old(config: TrainConfig, newest: Path) -> None:
+    """Of ``newest`` and those before it keep ``config.keep``, and every ``config.keep_every`` th.
+
+    Raises:
+        UserError: one cannot be removed.
+    """
+    complete = [folder for folder in complete_checkpoints(config.out) if folder <= newest]
+    for folder in complete[: -config.keep]:
+        if config.keep_every is None or _step(folder) % config.keep_every:
+            _remove(folder)
+
+
+def remove_left_overs(out: Path) -> None:
+    """Remove what saving or removing left where it was killed. Raises UserError where it cannot."""
+    for folder in (out / CHECKPOINTS).glob(".step-*.tmp"):
+        _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, which is never seen there in part."""
+    with writing(folder):
+        if not folder.exists():
+            return
+        if not folder.name.startswith("."):
+            hidden = folder.with_name(f".{folder.name}.old.tmp")
+            if hidden.exists():
+                shutil.rmtree(hidden)
+            folder = folder.rename(hidden)
+        shutil.rmtree(folder)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 # Finding ------------------------------------------------------------------------------------------
 
 
 def complete_checkpoints(out: Path) -> list[Path]:
-    """The complete checkpoints of a run folder, oldest first."""
-    folders = sorted((out / CHECKPOINTS).glob("step-*"))
-    return [folder for folder in folders if _missing(folder) is None]
+    """The checkpoints of a run folder, oldest first, that are complete by names and sizes."""
+    return [folder for folder in _checkpoints(out) if not size_faults(folder)]
 
 
-def newest_checkpoint(out: Path) -> Path:
-    """The newest complete checkpoint of a run folder. Raises UserError where there is none."""
-    complete = complete_checkpoints(out)
-    if not complete:
-        raise UserError(f"{out}: expected a complete checkpoint in {CHECKPOINTS}/, got none")
-    return complete[-1]
+def newest_checkpoint(
+    out: Path, world: World = ALONE, say: Callable[[str], None] | None = None
+) -> Path | None:
+    """The newest checkpoint of a run folder in which every file is as it was written.
 
+    Args:
+        world: every rank calls, and gets the same answer.
+        say: gets a line for every newer one that is passed over; by default it goes to stderr.
 
-def _missing(folder: Path) -> str | None:
-    """What keeps a checkpoint from being complete; None where nothing does."""
-    try:
-        files = json.loads((folder / STATE).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"no readable {STATE}"
-    for name, size in files.items():
-        path = folder / name
-        got = path.stat().st_size if path.is_file() else None
-        if got != size:
-            return f"{name}: expected {size} bytes, got {'no file' if got is None else got}"
+    Returns:
+        None where there is no checkpoint at all.
+
+    Raises:
+        SharedError: every one is damaged.
+    """
+    first = ""
+    for name in world.gather([folder.name for folder in _checkpoints(out)])[0][::-1]:
+        folder = out / CHECKPOINTS / name
+        damage = _damage(folder, world)
+        if damage is None:
+            return folder
+        (say or _warn)(f"passed over: {damage}")
+        first = first or damage
+    if first:
+        raise SharedError(f"{out}: every checkpoint in it is damaged; the newest: {first}")
     return None
 
 
 def find_checkpoint(path: Path) -> Path:
-    """``path`` itself where it is a checkpoint, the newest of its own where it is a run folder."""
+    """``path`` itself where it is a checkpoint, the newest of its own where it is a run folder.
+
+    Raises:
+        UserError: there is none; it is damaged.
+    """
     if not path.is_dir():
         raise UserError(f"{path}: expected a checkpoint or a run folder, got no folder")
-    if not (path / STATE).exists():
-        return newest_checkpoint(path)
-    missing = _missing(path)
-    if missing is not None:
-        raise UserError(f"{path}: expected a complete checkpoint, got one where {missing}")
+    if not any((path / name).exists() for name in (MANIFEST, STATE, MODEL)):
+        newest = newest_checkpoint(path)
+        if newest is None:
+            raise UserError(f"{path}: expected a complete checkpoint in {CHECKPOINTS}/, got none")
+        return newest
+    damage = _damage(path, ALONE)
+    if damage is not None:
+        raise UserError(damage)
     return path
+
+
+def _checkpoints(out: Path) -> list[Path]:
+    folders = (out / CHECKPOINTS).glob("step-*")
+    return sorted(folder for folder in folders if folder.name.removeprefix("step-").isdigit())
+
+
+def _damage(folder: Path, world: World) -> str | None:
+    found = faults(folder, world)
+    return f"{folder}: expected a complete checkpoint; {'; '.join(found)}" if found else None
+
+
+def _warn(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
 
 
 # Loading ------------------------------------------------------------------------------------------
 
 
 def read_state(folder: Path) -> State:
-    """Read ``state.json`` of a complete checkpoint."""
+    """Read ``state.json`` of a checkpoint."""
     path = folder / STATE
     try:
         values = json.loads(path.read_text())
@@ -214,21 +318,19 @@ def load_tensors(
     folder: Path, model: LanguageModel, optimizer: torch.optim.Optimizer | None = None
 ) -> None:
     """Fill the weights, and the optimizer's moments, in place from a complete checkpoint."""
-    _load_tensors(folder / "model", model.state_dict())
+    _load_tensors(folder / MODEL, model.state_dict())
     if optimizer is not None:
-        _load_tensors(folder / "optimizer", optimizer_tensors(model, optimizer))
+        _load_tensors(folder / OPTIMIZER, optimizer_tensors(model, optimizer))
 
 
 def _load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    with _quiet_alone():
-        try:
-            # no_dist: every rank reads for itself, so no rank waits for one that failed.
-            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
-        except CheckpointException as error:
-            cause = str(next(iter(error.failures.values()))[0]).splitlines()[0]
-            raise UserError(
-                f"{folder}: does not fit the model of its config.json: {cause}"
-            ) from None
+    _expect_a_single_process()
+    try:
+        # no_dist: every rank reads for itself, so no rank waits for one that failed.
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    except CheckpointException as error:
+        cause = str(next(iter(error.failures.values()))[0]).splitlines()[0]
+        raise UserError(f"{folder}: does not fit the model of its config.json: {cause}") from None
 
 
 def load_model(
@@ -250,9 +352,9 @@ def load_model(
     return model.to(device), config, vocabulary, Tokenizer.load(folder)
 
 
-@contextmanager
-def _quiet_alone() -> Iterator[None]:
-    """Without the warning that a single process is single."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+def _expect_a_single_process() -> None:
+    """Hear no more of it that a single process is single.
+
+    For good, as warnings.catch_warnings would change the filters of all threads back and forth.
+    """
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")

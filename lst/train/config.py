@@ -74,6 +74,7 @@ class TrainConfig:
     validate_every: int = 500  # steps
     checkpoint_every: int = 500  # steps
     keep: int = 2  # newest checkpoints kept
+    keep_every: int | None = None  # steps; checkpoints at multiples of it are kept as well
     log_every: int = 10  # steps
     precision: Literal["float32", "bfloat16"] = "float32"  # of matrix products; weights: float32
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
@@ -91,6 +92,8 @@ class TrainConfig:
         for name in counts:
             value = getattr(self, name)
             _expect(value >= 1, name.replace("_", "-"), "1 or more", value)
+        if self.keep_every is not None:
+            _expect(self.keep_every >= 1, "keep-every", "1 or more", self.keep_every)
         _expect(0 <= self.seed < 2**63, "seed", "0 or more, below 2^63", self.seed)
 
 
@@ -105,6 +108,7 @@ FREE_ON_RESUME = frozenset(
         "validate_every",
         "checkpoint_every",
         "keep",
+        "keep_every",
         "log_every",
         "device",
         "parallel.strategy",

@@ -7,7 +7,7 @@ then no process group exists and every collective below is the identity.
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -35,15 +35,27 @@ class World:
     rank: int
     size: int
     device: torch.device
+    group: dist.ProcessGroup | None = None  # that carries what they exchange; None: the default
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def aside(self) -> "World":
+        """The same ranks on a line of their own, for a thread; every rank calls it.
+
+        What a thread of every rank exchanges there, on the CPU, does not mix with what the ranks
+        exchange here at the same time.
+        """
+        if self.size == 1:
+            return replace(self, device=torch.device("cpu"))
+        group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        return replace(self, device=torch.device("cpu"), group=group)
+
     def sum(self, tensor: Tensor) -> Tensor:
         """Add ``tensor`` up over the ranks, in place. On the CPU this asks no GPU to wait."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def gather(self, value: Any) -> list[Any]:
@@ -51,7 +63,7 @@ class World:
         values = [value]
         if self.size > 1:
             values = [None] * self.size
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=self.group)
         return values
 
     def barrier(self) -> None:

@@ -13,19 +13,15 @@ so neither the number of processes nor that of micro-batches changes what is opt
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from lst.data.loader import TrainLoader
 from lst.model import LanguageModel, build_model, count_parameters
-from lst.train.checkpoint import (
-    State,
-    load_tensors,
-    newest_checkpoint,
-    read_state,
-    save_checkpoint,
-)
+from lst.train.checkpoint import State, load_tensors, newest_checkpoint, read_state
+from lst.train.checkpointer import Checkpointer
 from lst.train.config import TrainConfig, check_same_run, read_config
 from lst.train.corpus import Corpus, check_same_data, open_corpus
 from lst.train.distributed import World, start_world
@@ -52,11 +48,11 @@ class Run:
     optimizer: torch.optim.Optimizer
     log: MetricsLog
     state: State
-    saved: str  # the last checkpoint's folder, or "none"
+    checkpoints: Checkpointer
 
 
 def train(config: TrainConfig, *, resume: bool = False) -> None:
-    """Train from the start, or go on from the newest checkpoint in ``config.out``.
+    """Train from the start, or go on with the run in ``config.out`` from its newest checkpoint.
 
     Under ``torchrun`` every rank calls this. SIGINT and SIGTERM let the step under way finish,
     write a checkpoint and return.
@@ -69,6 +65,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> None:
         with catch_signals() as interrupt:
             run = prepare(config, world, resume=resume)
             stack.callback(run.log.close)
+            stack.callback(run.checkpoints.close)
             take_steps(run, interrupt)
         if run.state.step < config.steps:
             run.log.plot()  # a run that ends has drawn them with its last validation
@@ -83,12 +80,14 @@ def train(config: TrainConfig, *, resume: bool = False) -> None:
 
 def prepare(config: TrainConfig, world: World, *, resume: bool) -> Run:
     """Open the data, build the model, and fill it from the newest checkpoint when resuming."""
+    checkpoint = find_resumed(config, world) if resume else None
     with world.together():
-        checkpoint = newest_checkpoint(config.out) if resume else None
         corpus = open_corpus(config.data)
         state = State(vocabulary=corpus.vocabulary, datasets=corpus.fingerprints)
+        if resume:
+            started = checkpoint or config.out
+            check_same_run(read_config(started / CONFIG), config, str(started))
         if checkpoint is not None:
-            check_same_run(read_config(checkpoint / CONFIG), config, str(checkpoint))
             state = read_state(checkpoint)
             check_same_data(corpus, state, str(checkpoint))
         loader = TrainLoader(
@@ -112,7 +111,7 @@ def prepare(config: TrainConfig, world: World, *, resume: bool) -> Run:
             load_tensors(checkpoint, model, optimizer)
         else:
             initialise_weights(model, config.seed)
-            if world.is_main:
+            if world.is_main and not resume:
                 create_run(config)
         log = MetricsLog(config, step=state.step, seconds=state.seconds, active=world.is_main)
     parts = ", ".join(f"{name} {number:,}" for name, number in count_parameters(model).items())
@@ -127,15 +126,29 @@ def prepare(config: TrainConfig, world: World, *, resume: bool) -> Run:
         optimizer=optimizer,
         log=log,
         state=state,
-        saved=str(checkpoint or "none"),
+        checkpoints=Checkpointer(
+            config, corpus.tokenizer, world, resumed=(checkpoint, state.step), say=log.say
+        ),
     )
+
+
+def find_resumed(config: TrainConfig, world: World) -> Path | None:
+    """The checkpoint to go on from; None where the run was stopped before it had one."""
+
+    def say(message: str) -> None:
+        if world.is_main:
+            print(message, flush=True)
+
+    checkpoint = newest_checkpoint(config.out, world, say)
+    say(f"{config.out}: going on from {checkpoint or 'the start, as it has no checkpoint yet'}")
+    return checkpoint
 
 
 def take_steps(run: Run, interrupt: Interrupt) -> None:
     """Take optimizer steps, up to ``config.steps`` or until a rank is asked to stop."""
     config, world, model, log = run.config, run.world, run.model, run.log
     batches = iter(run.loader)
-    saved_step = first_step = run.state.step
+    first_step = run.state.step
     stop = False
     while True:
         step = run.state.step
@@ -147,10 +160,13 @@ def take_steps(run: Run, interrupt: Interrupt) -> None:
                 log.validation(step, losses)
                 run.state = replace(run.state, validated=step)
         last = stop or step == config.steps
-        if step > saved_step and (last or step % config.checkpoint_every == 0):
-            save(run)
-            saved_step = step
+        run.checkpoints.poll(step)
+        if run.checkpoints.due(step, last=last):
+            log.sync()
+            run.state = replace(run.state, seconds=log.seconds)
+            run.checkpoints.save(run.state, model, run.optimizer)
         if last:
+            run.checkpoints.finish()
             return
 
         started = time.perf_counter()
@@ -171,7 +187,7 @@ def take_steps(run: Run, interrupt: Interrupt) -> None:
         )
         norm = clip_gradients(model, config.optimizer.clip)
         loss, grad_norm, stop = read_step(sums, norm, bool(interrupt), counts, world)
-        check_finite(step, loss, grad_norm, micro_batches, sums, run.saved, world)
+        check_finite(step, loss, grad_norm, micro_batches, sums, run.checkpoints, world)
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
         run.state = replace(run.state, step=step, lanes=lanes)
@@ -184,12 +200,3 @@ def validation_is_due(config: TrainConfig, state: State) -> bool:
     return state.step > state.validated and (
         state.step % config.validate_every == 0 or state.step == config.steps
     )
-
-
-def save(run: Run) -> None:
-    run.log.sync()
-    run.state = replace(run.state, seconds=run.log.seconds)
-    folder = save_checkpoint(
-        run.config, run.state, run.corpus.tokenizer, run.model, run.optimizer, run.world
-    )
-    run.saved = str(folder)

@@ -10,7 +10,6 @@
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,16 +88,14 @@ def create_run(config: TrainConfig) -> None:
     write_json(out / CONFIG, to_json(config))
 
 
+def holds_run(out: Path) -> bool:
+    return (out / CONFIG).exists()
+
+
 def read_run_config(out: Path) -> TrainConfig:
     """The configuration of the run in ``out``. Raises UserError where there is none."""
     if not out.is_dir():
         raise UserError(f"{out}: expected a run folder to resume, got no folder")
-    if not (out / CONFIG).exists():
+    if not holds_run(out):
         raise UserError(f"{out}: expected a run folder to resume, got one without {CONFIG}")
     return read_config(out / CONFIG)
-
-
-def remove_folder(path: Path) -> None:
-    with writing(path):
-        if path.exists():
-            shutil.rmtree(path)

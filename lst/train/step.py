@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lst.data.batch import Batch
+from lst.train.checkpointer import Checkpointer
 from lst.train.distributed import SharedError, World
 from lst.train.metrics import Counts, Loss
 from lst.train.parallel import autocast, reducing
@@ -110,14 +111,14 @@ def check_finite(
     grad_norm: float,
     micro_batches: Sequence[Batch],
     sums: Sequence[Tensor],
-    checkpoint: str,
+    checkpoints: Checkpointer,
     world: World,
 ) -> None:
     """Refuse a step whose loss or gradient is not finite, on every rank alike.
 
     Raises:
         SharedError: with the records of the micro-batches at fault, or of all where only the
-            gradient is, and ``checkpoint``, where to go on from.
+            gradient is, and the newest of ``checkpoints``, where to go on from.
     """
     if math.isfinite(loss.text + loss.speech + grad_norm):
         return
@@ -137,5 +138,5 @@ def check_finite(
     raise SharedError(
         f"step {step}: expected a finite loss and gradient, got loss {mean} and gradient norm "
         f"{grad_norm}; records {', '.join(records[:MAX_RECORDS])}{more}; the step was not taken; "
-        f"last checkpoint: {checkpoint}"
+        f"last checkpoint: {checkpoints.last() or 'none'}"
     )

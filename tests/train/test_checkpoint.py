@@ -1,33 +1,36 @@
 """A checkpoint is complete or does not count, and holds all it takes to use the model."""
 
 import errno
+import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lst.errors import UserError
 from lst.model import LanguageModel, build_model
 from lst.train.checkpoint import (
+    ALONE,
     State,
     complete_checkpoints,
     load_model,
     load_tensors,
     newest_checkpoint,
     read_state,
+    remove_left_overs,
+    remove_old,
     save_checkpoint,
 )
 from lst.train.config import TrainConfig
 from lst.train.corpus import open_corpus
-from lst.train.distributed import World
 from lst.train.optimizer import build_optimizer, optimizer_tensors
 from lst.vocabulary import Vocabulary
 
 Tiny = Callable[..., TrainConfig]
-ALONE = World(0, 1, torch.device("cpu"))
 
 
 def save(config: TrainConfig, step: int, model: LanguageModel | None = None) -> Path:
@@ -39,8 +42,10 @@ def save(config: TrainConfig, step: int, model: LanguageModel | None = None) -> 
         vocabulary=corpus.vocabulary,
         datasets=corpus.fingerprints,
     )
-    optimizer = build_optimizer(model, config.optimizer)
-    return save_checkpoint(config, state, corpus.tokenizer, model, optimizer, ALONE)
+    moments = optimizer_tensors(model, build_optimizer(model, config.optimizer))
+    folder = save_checkpoint(config, state, corpus.tokenizer, model.state_dict(), moments, ALONE)
+    remove_old(config, folder)
+    return folder
 
 
 def test_load_model_needs_nothing_but_the_checkpoint(tiny: Tiny, tmp_path: Path) -> None:
@@ -81,7 +86,8 @@ def test_moments_of_the_optimizer_come_back(tiny: Tiny) -> None:
         tensor.copy_(torch.rand_like(tensor))
     corpus = open_corpus(config.data)
     state = State(step=1, vocabulary=corpus.vocabulary, datasets={})
-    folder = save_checkpoint(config, state, corpus.tokenizer, model, optimizer, ALONE)
+    moments = optimizer_tensors(model, optimizer)
+    folder = save_checkpoint(config, state, corpus.tokenizer, model.state_dict(), moments, ALONE)
     other = build_model(config.model, corpus.vocabulary)
     filled = build_optimizer(other, config.optimizer)
     load_tensors(folder, other, filled)
@@ -94,16 +100,19 @@ def test_moments_of_the_optimizer_come_back(tiny: Tiny) -> None:
     "call",
     [
         "lst.train.checkpoint._save_tensors",
-        "lst.train.checkpoint._sync_files",
+        "lst.train.checkpoint._join_shards",
         "lst.train.checkpoint._state_json",
-        "pathlib.Path.rename",
+        "lst.train.checkpoint.write_manifest",
+        "lst.train.checkpoint._publish",
+        "shutil.rmtree",
     ],
 )
 def test_a_crash_while_saving_leaves_the_one_before(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
-    config = tiny()
+    config = tiny(keep=1)
     first = save(config, 1)
+    removing = call == "shutil.rmtree"  # of the first, after the second is complete
 
     def crash(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -112,11 +121,12 @@ def test_a_crash_while_saving_leaves_the_one_before(
         patch.setattr(call, crash)
         with pytest.raises(KeyboardInterrupt):
             save(config, 2)
-    assert newest_checkpoint(config.out) == first
+    left = complete_checkpoints(config.out)
+    assert left == [first.with_name("step-00000002") if removing else first]
+    assert [p for p in first.parent.iterdir() if not p.name.startswith(".")] == left
     load_model(config.out, "cpu")
-    second = save(config, 3)
-    assert complete_checkpoints(config.out) == [first, second]
-    assert sorted(path.name for path in second.parent.iterdir()) == [first.name, second.name]
+    remove_left_overs(config.out)  # as the next run does
+    assert list(first.parent.iterdir()) == left
 
 
 def test_a_full_disk_is_named_and_the_one_before_is_kept(
@@ -134,33 +144,126 @@ def test_a_full_disk_is_named_and_the_one_before_is_kept(
     assert newest_checkpoint(config.out) == first
 
 
-@pytest.mark.parametrize("name", ["state.json", "config.json", "model", "optimizer"])
-@pytest.mark.parametrize("truncate", [False, True])
-def test_a_checkpoint_that_lacks_something_does_not_count(
-    tiny: Tiny, name: str, truncate: bool
+FILES = ["state.json", "config.json", "tokenizer.model", "model/*", "optimizer/*"]
+
+
+def harm(file: Path, how: str) -> None:
+    content = bytearray(file.read_bytes())
+    if how == "removed":
+        file.unlink()
+    elif how == "truncated":
+        file.write_bytes(content[: len(content) // 2])
+    else:
+        content[-2] ^= 1
+        file.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["removed", "truncated", "altered"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_is_named_and_the_checkpoint_before_is_taken(
+    tiny: Tiny, name: str, how: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tiny()
     first, second = save(config, 1), save(config, 2)
-    path = second / name
-    file = next(path.glob("*.safetensors")) if path.is_dir() else path
-    content = file.read_bytes()
-    if truncate:
-        file.write_bytes(content[: len(content) // 2])
-    else:
-        file.unlink()
-    assert newest_checkpoint(config.out) == first
-    with pytest.raises(UserError, match="step-00000002: expected a c"):
+    file = next(second.glob(name))
+    size, name = file.stat().st_size, str(file.relative_to(second))
+    harm(file, how)
+    message = {
+        "removed": f"{name}: expected {size} bytes, got no file",
+        "truncated": f"{name}: expected {size} bytes, got {size // 2}",
+        "altered": f"{name}: expected SHA-256 ",
+    }[how]
+    message = f"{second}: expected a complete checkpoint; {message}"
+    with pytest.raises(UserError) as caught:
         load_model(second, "cpu")
+    assert str(caught.value).startswith(message)
+    said: list[str] = []
+    assert newest_checkpoint(config.out, say=said.append) == first
+    assert said == [f"passed over: {caught.value}"]
+    load_model(config.out, "cpu")
+    assert capsys.readouterr().err == f"passed over: {caught.value}\n"
 
 
-def test_only_the_newest_are_kept(tiny: Tiny) -> None:
-    config = tiny(keep=2)
-    for step in (1, 2, 3):
+@pytest.mark.parametrize("text", [None, "", "{", "[]", '{"files": {"config.json": 3}}'])
+def test_a_checkpoint_without_a_readable_manifest_does_not_count(
+    tiny: Tiny, text: str | None
+) -> None:
+    config = tiny()
+    folder = save(config, 1)
+    manifest = folder / "manifest.json"
+    manifest.unlink() if text is None else manifest.write_text(text)
+    assert complete_checkpoints(config.out) == []
+    with pytest.raises(UserError, match=r"every checkpoint in it is damaged; .*manifest.json: ex"):
+        newest_checkpoint(config.out)
+    with pytest.raises(UserError, match=r"manifest.json: expected a manifest, got none"):
+        load_model(folder, "cpu")
+
+
+def test_tensors_that_were_not_written_are_not_read(tiny: Tiny) -> None:
+    """The storage reads every file of its kind, so a stranger among them is refused."""
+    folder = save(tiny(), 1)
+    stranger = folder / "model" / "stranger.safetensors"
+    stranger.write_bytes(next(folder.glob("model/*")).read_bytes())
+    with pytest.raises(UserError, match=r"model/stranger.safetensors: expected no such file"):
+        load_model(folder, "cpu")
+
+
+def test_the_manifest_holds_size_and_hash_of_every_other_file(tiny: Tiny) -> None:
+    folder = save(tiny(), 1)
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    paths = {path for path in folder.rglob("*") if path.is_file()} - {folder / "manifest.json"}
+    assert {folder / name for name in files} == paths
+    for name, file in files.items():
+        content = (folder / name).read_bytes()
+        assert file == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def test_weights_are_plain_safetensors(tiny: Tiny) -> None:
+    config = tiny()
+    model = build_model(config.model, open_corpus(config.data).vocabulary)
+    folder = save(config, 1, model)
+    weights = load_file(folder / "model" / "model.safetensors")
+    assert weights.keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(weights[name], tensor), name
+
+
+def test_loading_unpickles_nothing(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even what lies where other checkpoints have their pickles."""
+    folder = save(tiny(), 1)
+    bomb = b"cos\nabort\n(tR."
+    for place in (folder, folder / "model", folder / "optimizer"):
+        for name in (".metadata", "__0_0.distcp", "model.bin"):
+            (place / name).write_bytes(bomb)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("unpickled")
+
+    for name in ("pickle.load", "pickle.loads", "pickle.Unpickler", "torch.load"):
+        monkeypatch.setattr(name, refuse)
+    model, config, _, _ = load_model(folder, "cpu")
+    load_tensors(folder, model, build_optimizer(model, config.optimizer))
+
+
+@pytest.mark.parametrize(
+    ("keep", "keep_every", "kept"),
+    [(2, None, [5, 6]), (1, 3, [3, 6]), (2, 2, [2, 4, 5, 6]), (1, 4, [4, 6]), (9, 1, range(1, 7))],
+)
+def test_the_newest_are_kept_and_every_nth(
+    tiny: Tiny, keep: int, keep_every: int | None, kept: Sequence[int]
+) -> None:
+    config = tiny(keep=keep, keep_every=keep_every)
+    for step in range(1, 7):
         save(config, step)
-    assert [folder.name for folder in complete_checkpoints(config.out)] == [
-        "step-00000002",
-        "step-00000003",
-    ]
+    expected = [f"step-{step:08d}" for step in kept]
+    assert sorted(path.name for path in (config.out / "checkpoints").iterdir()) == expected
+
+
+def test_a_newer_one_that_is_damaged_does_not_push_out_a_good_one(tiny: Tiny) -> None:
+    config = tiny(keep=1)
+    save(config, 8)
+    good = save(config, 6)
+    assert good.exists()
 
 
 def test_weights_of_another_shape_are_refused(tiny: Tiny) -> None:
@@ -174,7 +277,7 @@ def test_a_state_of_another_format_is_refused(tiny: Tiny) -> None:
     folder = save(tiny(), 1)
     path = folder / "state.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
-    with pytest.raises(UserError, match=r"state.json: expected format 1, got 99"):
+    with pytest.raises(UserError, match=r"state.json: expected format 2, got 99"):
         read_state(folder)
 
 

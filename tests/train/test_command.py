@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from lst.train.__main__ import main, parse
 from lst.train.checkpoint import newest_checkpoint
 from lst.train.config import TrainConfig, to_json
 from lst.train.loop import train
+from lst.train.manifest import size_faults
 
 Tiny = Callable[..., TrainConfig]
 
@@ -67,12 +69,10 @@ def test_mistakes_leave_with_code_2_and_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run, empty, bare = tiny(steps=1), tmp_path / "empty", tmp_path / "bare"
+    run, empty = tiny(steps=1), tmp_path / "empty"
     train(run)
     checkpoint = newest_checkpoint(run.out)
     empty.mkdir()
-    bare.mkdir()
-    (bare / "config.json").write_text(json.dumps(to_json(run)))
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "config.json").write_text(json.dumps({**to_json(run), "stepz": 1}))
@@ -85,7 +85,6 @@ def test_mistakes_leave_with_code_2_and_one_line(
         (["--data.corpus", tmp_path / "no"], f"{tmp_path / 'no'}: expected a corpus folder, got"),
         (["--resume", tmp_path / "no"], f"{tmp_path / 'no'}: expected a run folder to resume, got"),
         (["--resume", empty], f"{empty}: expected a run folder to resume, got one without config"),
-        (["--resume", bare], f"{bare}: expected a complete checkpoint in checkpoints/, got none"),
         (["--resume", broken], f"{broken / 'config.json'}: unknown key stepz"),
         (
             ["--resume", run.out, "--optimizer.lr", "0.5"],
@@ -130,6 +129,65 @@ def test_a_run_is_resumed_by_its_folder_alone_and_told_of_more_often(tiny: Tiny)
     assert resume
     assert (config.out, config.log_every, config.model) == (moved, 5, run.model)
     assert parse([f"--resume={moved}"])[0].out == moved
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_resume_auto_starts_a_run_and_goes_on_with_it(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same command, as a cluster gives it again and again."""
+    run = tiny()
+    monkeypatch.setitem(PRESETS, "tiny", run)
+    monkeypatch.setitem(DESCRIPTIONS, "tiny", "a run of a second")
+    command = ["tiny", "--resume", "auto", "--out", str(run.out), "--steps", "2"]
+    assert parse(command) == (replace(run, steps=2), False)
+    assert call(monkeypatch, *command) == 0
+    assert "going on from" not in capsys.readouterr().out
+
+    (newest,) = (run.out / "checkpoints").iterdir()
+    assert parse(command) == (replace(run, steps=2), True)
+    assert call(monkeypatch, *command) == 0
+    assert f"{run.out}: going on from {newest}\n" in capsys.readouterr().out
+    assert parse(["--resume=auto", f"--out={run.out}"]) == (replace(run, steps=2), True)
+
+    newest.rename(newest.with_name(f".{newest.name}.tmp"))  # as if killed in its first save
+    assert call(monkeypatch, *command) == 0
+    said = capsys.readouterr().out
+    assert f"{run.out}: going on from the start, as it has no checkpoint yet\n" in said
+    assert [path.name for path in (run.out / "checkpoints").iterdir()] == [newest.name]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_damaged_checkpoint_is_passed_over_aloud(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tiny(steps=4, validate_every=4)
+    train(run)
+    metrics = (run.out / "metrics.jsonl").read_text()
+    second, fourth = sorted((run.out / "checkpoints").iterdir())
+    weights = fourth / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x55")
+    capsys.readouterr()
+    assert call(monkeypatch, "--resume", run.out) == 0
+    said = capsys.readouterr().out
+    expected = (
+        f"{fourth}: expected a complete checkpoint; model/model.safetensors: expected SHA-256"
+    )
+    assert said.startswith(f"passed over: {expected} ")
+    assert f"\n{run.out}: going on from {second}\n" in said
+    assert size_faults(fourth) == []
+    assert [json.loads(line)["loss"] for line in metrics.splitlines()] == [
+        json.loads(line)["loss"] for line in (run.out / "metrics.jsonl").read_text().splitlines()
+    ]
+
+    for folder in (second, fourth):
+        (folder / "config.json").write_text("")
+    capsys.readouterr()
+    assert call(monkeypatch, "--resume", run.out) == 2
+    assert capsys.readouterr().err.startswith(
+        f"error: {run.out}: every checkpoint in it is damaged; the newest: {fourth}: expected a "
+        "complete checkpoint; config.json: expected "
+    )
 
 
 def test_only_rank_0_speaks_of_a_shared_mistake(
