@@ -52,6 +52,7 @@ class Batch:
     global_ranges: KeyRanges  # P × P
     num_targets: int
     num_speech_targets: int
+    num_text_tokens: int  # text pieces; neither specials nor speech
     num_speech_tokens: int  # speech units: 25 to the second
     record_ids: tuple[str, ...]  # of the N documents, the dead one left out
     step: int  # the rows' number in their lanes
@@ -135,6 +136,7 @@ def plan_batch(
         global_ranges=layout.block_causal(),
         num_targets=int((packed.targets != IGNORE).sum()),
         num_speech_targets=int(speech_targets.sum()),
+        num_text_tokens=int(vocabulary.is_piece(packed.tokens).sum()),
         num_speech_tokens=int(vocabulary.is_unit(packed.tokens).sum()),
         record_ids=packed.record_ids,
         step=step,

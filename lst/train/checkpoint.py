@@ -49,6 +49,7 @@ from lst.train.manifest import (
     size_faults,
     write_manifest,
 )
+from lst.train.metrics import Seen
 from lst.train.optimizer import optimizer_tensors
 from lst.train.run_folder import CHECKPOINTS, CONFIG, fsync, write_json, writing
 from lst.vocabulary import Tokenizer, Vocabulary
@@ -67,6 +68,9 @@ class State:
     step: int = 0  # optimizer steps taken
     validated: int = 0  # the step of the last validation
     seconds: float = 0.0  # of the run so far
+    seen: Seen = field(default_factory=Seen)
+    skipped: int = 0  # updates, for a loss or gradient that was not finite
+    skipped_in_a_row: int = 0  # of them, those since the last update
     lanes: dict[int, dict[str, Any]] = field(default_factory=dict)  # where each stands in the data
     vocabulary: Vocabulary
     datasets: dict[str, str]  # fingerprints of what it trains on
@@ -169,6 +173,9 @@ def _state_json(state: State, lanes: dict[int, Any]) -> dict[str, Any]:
         "step": state.step,
         "validated": state.validated,
         "seconds": state.seconds,
+        "seen": asdict(state.seen),
+        "skipped": state.skipped,
+        "skipped_in_a_row": state.skipped_in_a_row,
         "vocabulary": asdict(state.vocabulary),
         "datasets": state.datasets,
         "lanes": {str(lane): lanes[lane] for lane in sorted(lanes)},
@@ -306,6 +313,9 @@ def read_state(folder: Path) -> State:
             step=values["step"],
             validated=values["validated"],
             seconds=values["seconds"],
+            seen=Seen(**values["seen"]),
+            skipped=values["skipped"],
+            skipped_in_a_row=values["skipped_in_a_row"],
             lanes={int(lane): state for lane, state in values["lanes"].items()},
             vocabulary=Vocabulary(**values["vocabulary"]),
             datasets=values["datasets"],

@@ -79,6 +79,9 @@ class TrainConfig:
     precision: Literal["float32", "bfloat16"] = "float32"  # of matrix products; weights: float32
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     evaluate: bool = True  # story completion at the end
+    max_skipped: int = 5  # updates in a row that may not be finite; the last of them ends the run
+    peak_tflops: float | None = None  # of one device, that MFU is of; None: what its name tells
+    wandb: str | None = None  # a project of Weights & Biases to log to as well
 
     def __post_init__(self) -> None:
         counts = (
@@ -88,12 +91,15 @@ class TrainConfig:
             "checkpoint_every",
             "keep",
             "log_every",
+            "max_skipped",
         )
         for name in counts:
             value = getattr(self, name)
             _expect(value >= 1, name.replace("_", "-"), "1 or more", value)
         if self.keep_every is not None:
             _expect(self.keep_every >= 1, "keep-every", "1 or more", self.keep_every)
+        if self.peak_tflops is not None:
+            _expect(self.peak_tflops > 0, "peak-tflops", "more than 0", self.peak_tflops)
         _expect(0 <= self.seed < 2**63, "seed", "0 or more, below 2^63", self.seed)
 
 
@@ -114,6 +120,9 @@ FREE_ON_RESUME = frozenset(
         "parallel.strategy",
         "parallel.replicas",
         "evaluate",
+        "max_skipped",
+        "peak_tflops",
+        "wandb",
     }
 )
 

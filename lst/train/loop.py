@@ -8,31 +8,41 @@
 
 The loss of a step is the sum of its token losses over the number of targets of the *global* batch,
 so neither the number of processes nor that of micro-batches changes what is optimised.
+
+A step whose loss or gradient is not finite leaves weights and moments as they are; it still counts
+as a step, for the schedule and the data, which go on.
 """
 
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from lst.data.loader import TrainLoader
 from lst.model import LanguageModel, build_model, count_parameters
+from lst.train.anomalies import Spikes, global_records, is_finite
 from lst.train.checkpoint import State, load_tensors, newest_checkpoint, read_state
 from lst.train.checkpointer import Checkpointer
 from lst.train.config import TrainConfig, check_same_run, read_config
 from lst.train.corpus import Corpus, check_same_data, open_corpus
-from lst.train.distributed import World, start_world
+from lst.train.distributed import SharedError, World, start_world
 from lst.train.interrupt import Interrupt, catch_signals
-from lst.train.metrics import MetricsLog
+from lst.train.metrics import Loss, MetricsLog, StepTimes
+from lst.train.mfu import describe, find_peak
 from lst.train.optimizer import build_optimizer, learning_rate, set_learning_rate
 from lst.train.parallel import clip_gradients, gathered, initialise_weights, parallelise
 from lst.train.run_folder import CONFIG, create_run
-from lst.train.step import backward, check_finite, global_counts, read_step, rehearse
+from lst.train.step import backward, global_counts, read_step, rehearse
 from lst.train.stories import complete_stories
 from lst.train.validation import validate
+
+MAX_RECORDS = 16  # named in a message; events.jsonl names all
 
 
 @dataclass(kw_only=True)
@@ -113,9 +123,19 @@ def prepare(config: TrainConfig, world: World, *, resume: bool) -> Run:
             initialise_weights(model, config.seed)
             if world.is_main and not resume:
                 create_run(config)
-        log = MetricsLog(config, step=state.step, seconds=state.seconds, active=world.is_main)
+        peak = find_peak(world.device, config.peak_tflops)
+        log = MetricsLog(
+            config,
+            step=state.step,
+            seconds=state.seconds,
+            seen=state.seen,
+            peak=peak,
+            num_devices=world.size,
+            active=world.is_main,
+        )
     parts = ", ".join(f"{name} {number:,}" for name, number in count_parameters(model).items())
     log.say(f"{config.name}: {world.size} × {world.device.type}, {config.out}; parameters: {parts}")
+    log.say(describe(peak, world.device, world.size))
     return Run(
         config=config,
         world=world,
@@ -147,7 +167,7 @@ def find_resumed(config: TrainConfig, world: World) -> Path | None:
 def take_steps(run: Run, interrupt: Interrupt) -> None:
     """Take optimizer steps, up to ``config.steps`` or until a rank is asked to stop."""
     config, world, model, log = run.config, run.world, run.model, run.log
-    batches = iter(run.loader)
+    batches, spikes = iter(run.loader), Spikes()
     first_step = run.state.step
     stop = False
     while True:
@@ -157,7 +177,7 @@ def take_steps(run: Run, interrupt: Interrupt) -> None:
                 losses = validate(config, run.corpus, model, interrupt, world)
             stop = losses is None
             if losses is not None:
-                log.validation(step, losses)
+                log.validation(step, losses, run.state.seen)
                 run.state = replace(run.state, validated=step)
         last = stop or step == config.steps
         run.checkpoints.poll(step)
@@ -173,6 +193,7 @@ def take_steps(run: Run, interrupt: Interrupt) -> None:
         step += 1
         with world.together():
             micro_batches, lanes = next(batches)
+        waited = time.perf_counter() - started
         if step == first_step + 1:
             rehearse(run.parallel, micro_batches, precision=config.precision, world=world)
         counts = global_counts(micro_batches, world)
@@ -187,12 +208,69 @@ def take_steps(run: Run, interrupt: Interrupt) -> None:
         )
         norm = clip_gradients(model, config.optimizer.clip)
         loss, grad_norm, stop = read_step(sums, norm, bool(interrupt), counts, world)
-        check_finite(step, loss, grad_norm, micro_batches, sums, run.checkpoints, world)
-        run.optimizer.step()
+        updated = is_finite(loss, grad_norm)
+        if updated:
+            run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
-        run.state = replace(run.state, step=step, lanes=lanes)
-        seconds = time.perf_counter() - started
-        log.training_step(step, loss, counts, lr=lr, grad_norm=grad_norm, seconds=seconds)
+        run.state = replace(
+            run.state,
+            step=step,
+            lanes=lanes,
+            seen=run.state.seen.after(counts, config.model, run.corpus.vocabulary.size),
+            skipped=run.state.skipped + (not updated),
+            skipped_in_a_row=0 if updated else run.state.skipped_in_a_row + 1,
+        )
+        log.training_step(
+            step,
+            loss,
+            run.state.seen,
+            StepTimes(seconds=time.perf_counter() - started, data=waited),
+            lr=lr,
+            grad_norm=grad_norm,
+            skipped=run.state.skipped,
+        )
+        tell_anomalies(run, spikes, loss, grad_norm, partial(global_records, micro_batches, sums))
+
+
+def tell_anomalies(
+    run: Run,
+    spikes: Spikes,
+    loss: Loss,
+    grad_norm: float,
+    records: Callable[[Loss, World], list[str]],
+) -> None:
+    """Name the records behind a step that was skipped or whose loss jumped.
+
+    Raises:
+        SharedError: too many steps in a row were skipped.
+    """
+    state = run.state
+    event: dict[str, Any]
+    if state.skipped_in_a_row:
+        mean = loss.per_token()["loss"]
+        event = {
+            "event": "skipped",
+            "loss": mean,
+            "grad_norm": grad_norm,
+            "in_a_row": state.skipped_in_a_row,
+        }
+        what = f"expected a finite loss and gradient, got loss {mean} and gradient norm {grad_norm}"
+    else:
+        spike = spikes.find(loss)
+        if spike is None:
+            return
+        event = {"event": "spike", "grad_norm": grad_norm, **vars(spike)}
+        what = str(spike)
+    ids = records(loss, run.world)
+    run.log.event(state.step, event | {"records": ids})
+    more = f" and {len(ids) - MAX_RECORDS} more" if len(ids) > MAX_RECORDS else ""
+    message = f"step {state.step}: {what}; records {', '.join(ids[:MAX_RECORDS])}{more}"
+    if state.skipped_in_a_row >= run.config.max_skipped:
+        raise SharedError(
+            f"{message}; {state.skipped_in_a_row} updates in a row were skipped; "
+            f"last checkpoint: {run.checkpoints.last() or 'none'}"
+        )
+    run.log.say(message + ("; the update is skipped" if state.skipped_in_a_row else ""))
 
 
 def validation_is_due(config: TrainConfig, state: State) -> bool:

@@ -3,7 +3,7 @@
 ::
 
     config.json                     what was run
-    metrics.jsonl  tensorboard/  loss.png
+    metrics.jsonl  events.jsonl  tensorboard/  loss.png
     checkpoints/step-00000100/      see checkpoint.py
     story_completion.json  .md      at the end
 """
@@ -19,6 +19,8 @@ from lst.train.config import TrainConfig, read_config, to_json
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
+EVENTS = "events.jsonl"
+WANDB_ID = "wandb-id"
 TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"
 LOSS_PLOT = "loss.png"
@@ -26,6 +28,8 @@ STORIES = "story_completion"
 CONTENTS = (
     CONFIG,
     METRICS,
+    EVENTS,
+    WANDB_ID,
     TENSORBOARD,
     CHECKPOINTS,
     LOSS_PLOT,

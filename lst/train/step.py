@@ -1,34 +1,35 @@
 """One optimizer step over the micro-batches that the ranks hold together."""
 
-import math
+import operator
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lst.data.batch import Batch
-from lst.train.checkpointer import Checkpointer
-from lst.train.distributed import SharedError, World
+from lst.flops import Counts as WorkCounts
+from lst.flops import batch_counts
+from lst.train.distributed import World
 from lst.train.metrics import Counts, Loss
 from lst.train.parallel import autocast, reducing
-
-MAX_RECORDS = 16  # named in an error
 
 
 def global_counts(micro_batches: Sequence[Batch], world: World) -> Counts:
     """What the micro-batches of all ranks hold together; asks no GPU."""
-    names = ("num_targets", "num_speech_targets", "num_tokens", "num_units", "num_speech_tokens")
-    numbers = [sum(getattr(batch, name) for batch in micro_batches) for name in names]
-    targets, speech_targets, tokens, units, speech_tokens = world.sum(
-        torch.tensor(numbers)
-    ).tolist()
+    names = ("num_targets", "num_speech_targets", "num_text_tokens", "num_speech_tokens")
+    ours = [sum(getattr(batch, name) for batch in micro_batches) for name in names]
+    work = vars(reduce(operator.add, map(batch_counts, micro_batches)))
+    # Whole numbers are exact in float64 up to 2^53.
+    totals = world.sum(torch.tensor([*ours, *work.values()], dtype=torch.float64)).tolist()
+    targets, speech_targets, text_tokens, speech_units = map(int, totals[: len(ours)])
     return Counts(
         targets=targets,
         speech_targets=speech_targets,
-        tokens=tokens,
-        units=units,
-        speech_tokens=speech_tokens,
+        text_tokens=text_tokens,
+        speech_units=speech_units,
+        work=WorkCounts(**dict(zip(work, totals[len(ours) :], strict=True))),
     )
 
 
@@ -103,40 +104,3 @@ def read_step(
         speech_targets=counts.speech_targets,
     )
     return loss, grad_norm, stops > 0
-
-
-def check_finite(
-    step: int,
-    loss: Loss,
-    grad_norm: float,
-    micro_batches: Sequence[Batch],
-    sums: Sequence[Tensor],
-    checkpoints: Checkpointer,
-    world: World,
-) -> None:
-    """Refuse a step whose loss or gradient is not finite, on every rank alike.
-
-    Raises:
-        SharedError: with the records of the micro-batches at fault, or of all where only the
-            gradient is, and the newest of ``checkpoints``, where to go on from.
-    """
-    if math.isfinite(loss.text + loss.speech + grad_norm):
-        return
-    guilty = [
-        batch
-        for batch, part in zip(micro_batches, sums, strict=True)
-        if math.isfinite(loss.text + loss.speech) or not part.isfinite().all()
-    ]
-    records = [
-        name
-        for part in world.gather([b.record_ids for b in guilty])
-        for ids in part
-        for name in ids
-    ]
-    more = f" and {len(records) - MAX_RECORDS} more" if len(records) > MAX_RECORDS else ""
-    mean = loss.per_token()["loss"]
-    raise SharedError(
-        f"step {step}: expected a finite loss and gradient, got loss {mean} and gradient norm "
-        f"{grad_norm}; records {', '.join(records[:MAX_RECORDS])}{more}; the step was not taken; "
-        f"last checkpoint: {checkpoints.last() or 'none'}"
-    )

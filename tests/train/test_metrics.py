@@ -1,12 +1,41 @@
-"""Losses in nats and bits, lines cut back to a checkpoint, and a drawing of them."""
+"""Losses in nats and bits, lines cut back to a checkpoint, what other loggers get, a full disk."""
 
 import json
 import math
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from lst.train.metrics import Loss, drop_lines_after, plot_losses
+from lst.errors import UserError
+from lst.train.config import TrainConfig
+from lst.train.loop import train
+from lst.train.metrics import Loss, MetricsLog, Seen, StepTimes, drop_lines_after, plot_losses
+
+Tiny = Callable[..., TrainConfig]
+
+# What the package of that name is to a run, keeping what it is told in a file.
+FAKE_WANDB = """
+import json, pathlib
+
+class Run:
+    def __init__(self, **options):
+        self._path = pathlib.Path(options["dir"]) / "told.jsonl"
+        self._tell("init", options)
+    def _tell(self, *what):
+        with self._path.open("a") as file:
+            file.write(json.dumps(what) + "\\n")
+    def log(self, values, *, step):
+        self._tell("log", values, step)
+    def finish(self):
+        self._tell("finish")
+
+init = Run
+"""
 
 
 def test_a_loss_is_a_mean_over_targets_in_nats_and_in_bits() -> None:
@@ -45,3 +74,85 @@ def test_losses_are_drawn_also_where_a_modality_is_missing(tmp_path: Path) -> No
     plot_losses(lines, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["loss.png"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_wandb_gets_every_line_and_one_run_goes_on_under_one_name(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "wandb.py").write_text(FAKE_WANDB)
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    config = tiny(steps=2, wandb="speech")
+    try:
+        train(config)
+        train(config, resume=True)
+    finally:
+        sys.modules.pop("wandb", None)
+    told = [json.loads(text) for text in (config.out / "told.jsonl").read_text().splitlines()]
+    first, second = (line[1] for line in told if line[0] == "init")
+    assert (first["project"], first["name"], first["resume"]) == ("speech", "run", "allow")
+    assert first["id"] == second["id"]
+    assert first["config"]["optimizer"]["lr"] == config.optimizer.lr
+    lines = [json.loads(text) for text in (config.out / "metrics.jsonl").read_text().splitlines()]
+    logged = [line[1:] for line in told if line[0] == "log"]
+    assert [step for _, step in logged] == [line["step"] for line in lines]
+    for (values, _), line in zip(logged, lines, strict=True):
+        assert values["loss/" + line["split"]] == line["loss"]
+    assert told[-1] == ["finish"]
+
+
+def test_without_wandb_the_option_names_what_to_install(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"^--wandb: .* pip install 'lst\[wandb\]'$"):
+        train(tiny(wandb="speech"))
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Writing beyond ``size`` bytes fails, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
+@pytest.mark.usefixtures("undrawn")
+def test_a_full_disk_keeps_lines_waiting_and_says_so_once(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny(steps=9, log_every=1)
+    config.out.mkdir()
+    log = MetricsLog(
+        config, step=0, seconds=0.0, seen=Seen(), peak=None, num_devices=1, active=True
+    )
+    loss = Loss(text=1.0, speech=2.0, text_targets=1, speech_targets=1)
+
+    def step(number: int) -> None:
+        seen = Seen(tokens=number)
+        times = StepTimes(seconds=1.0, data=0.0)
+        log.training_step(number, loss, seen, times, lr=0.1, grad_norm=1.0, skipped=0)
+
+    path = config.out / "metrics.jsonl"
+    step(1)
+    with files_of_at_most(path.stat().st_size + 100):  # room for a part of a line
+        step(2)
+        assert len(path.read_text().splitlines()) == 1
+        step(3)
+        log.event(3, {"event": "made up", "records": ["x" * 2000]})
+        log.sync()
+    said = capsys.readouterr().out
+    assert said.count(f"{path}: cannot be written (File too large); the run goes on") == 1
+    assert said.count("tensorboard: cannot be written (File too large); no more is") == 1
+    assert said.count("events.jsonl: cannot be written") == 1
+    step(4)
+    log.close()
+    lines: list[Any] = [json.loads(text) for text in path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert json.loads((config.out / "events.jsonl").read_text())["event"] == "made up"
