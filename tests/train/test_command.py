@@ -79,7 +79,7 @@ def test_mistakes_leave_with_code_2_and_one_line(
     cases: list[tuple[list[object], str]] = [
         (
             ["demo2"],
-            "preset: expected one of demo, demo-baseline, lst-1b, baseline-1b, got 'demo2'",
+            f"preset: expected one of {', '.join(PRESETS)}, got 'demo2'",
         ),
         (["--steps", "0"], "--steps: expected 1 or more, got 0"),
         (["--data.corpus", tmp_path / "no"], f"{tmp_path / 'no'}: expected a corpus folder, got"),
