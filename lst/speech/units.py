@@ -1,5 +1,8 @@
 """Speech units: one of a few hundred codes for every 40 ms of sound.
 
+:func:`load_units` opens what makes them: HuBERT with a k-means (:mod:`lst.speech.hubert`), or the
+demo's log-mel codebook, which is here:
+
     waveform (n,) at 16 kHz → frames of 640 samples, F = ⌈n / 640⌉ → features (F, 26) → codes (F,)
 
 A frame's features are two cepstra, of Hann windows of 512 samples at a quarter and at three
@@ -16,6 +19,7 @@ exactly, whatever the order in which a matrix product adds them.
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Protocol, Self
@@ -29,7 +33,9 @@ from lst.speech.synthesis import SAMPLE_RATE, Timed
 __all__ = [
     "FRAME_SAMPLES",
     "LogMelKMeans",
-    "SpeechTokenizer",
+    "UnitEncoder",
+    "UnitsConfig",
+    "load_units",
     "log_mels",
     "mel_bands",
     "word_frames",
@@ -38,6 +44,7 @@ __all__ = [
 FRAME_SAMPLES = SAMPLE_RATE // FRAMES_PER_SECOND
 WINDOWS_PER_FRAME = 2
 WINDOW_SAMPLES = 512
+WINDOWS_AT_ONCE = 4096  # 82 s, so that an hour needs no more memory for its spectra
 NUM_MELS = 40
 NUM_CEPSTRA = 13
 LOUDNESS_WEIGHT = 0.5
@@ -46,7 +53,7 @@ GRID = 64  # features are multiples of 1 / GRID
 _FORMAT = "lst log-mel k-means 1"
 
 
-class SpeechTokenizer(Protocol):
+class UnitEncoder(Protocol):
     """What makes units of a waveform."""
 
     @property
@@ -58,10 +65,44 @@ class SpeechTokenizer(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """``sha256:<hex>`` of the file that it was loaded from."""
+        """``sha256:<hex>`` of everything that the units depend on."""
 
     def encode(self, waveform: np.ndarray) -> np.ndarray:
         """(n,) float at 16 kHz → (F,) int16 in [0, num_units), F = ⌈n / 640⌉."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitsConfig:
+    """Which units to make."""
+
+    codebook: Path
+    """A log-mel codebook of ours; with --hubert, its k-means as .safetensors or .npz."""
+    hubert: str | None = None  # a local folder or a hub name
+    layer: int | None = None  # of HuBERT, whose output the k-means is of; 0 is before the first
+    allow_pickle: bool = False  # read a k-means of joblib, which runs the code in it
+    device: str = "cpu"  # where HuBERT runs
+
+    def __post_init__(self) -> None:
+        if (self.hubert is None) != (self.layer is None):
+            raise UserError(
+                f"expected --hubert and --layer together, got {self.hubert} and {self.layer}"
+            )
+
+
+def load_units(config: UnitsConfig) -> UnitEncoder:
+    """Open what makes the units. Raises UserError where a file or a model is not as described."""
+    if config.hubert is None:
+        return LogMelKMeans.load(config.codebook)
+    from lst.speech.hubert import HubertKMeans
+
+    assert config.layer is not None
+    return HubertKMeans.load(
+        config.hubert,
+        config.codebook,
+        layer=config.layer,
+        allow_pickle=config.allow_pickle,
+        device=config.device,
+    )
 
 
 def word_frames(words: Sequence[Timed], num_frames: int) -> tuple[Word, ...]:
@@ -81,7 +122,7 @@ def word_frames(words: Sequence[Timed], num_frames: int) -> tuple[Word, ...]:
 
 
 class LogMelKMeans:
-    """A :class:`SpeechTokenizer` that k-means fits in seconds.
+    """A :class:`UnitEncoder` that k-means fits in seconds.
 
     Attributes:
         centroids: (num_units, 26) int16, in units of 1/64.
@@ -230,14 +271,15 @@ def log_mels(waveform: np.ndarray) -> np.ndarray:
     padded = np.zeros(num_windows * hop + WINDOW_SAMPLES)
     padded[before : before + len(waveform)] = waveform
     windows = np.lib.stride_tricks.sliding_window_view(padded, WINDOW_SAMPLES)[::hop]
-    spectra = np.fft.rfft(windows[:num_windows] * _hann(), axis=1)
-    power = np.square(spectra.real) + np.square(spectra.imag)
-    # einsum adds in a fixed order, which a threaded matrix product need not.
-    bands = [
-        np.einsum("wb,b->w", power[:, start:stop], weights) for start, stop, weights in mel_bands()
-    ]
-    mels = np.log(np.stack(bands, axis=1) + 1e-6)
-    return mels.reshape(-1, WINDOWS_PER_FRAME, NUM_MELS)
+    mels = np.empty((num_windows, NUM_MELS))
+    for begin in range(0, num_windows, WINDOWS_AT_ONCE):
+        here = slice(begin, min(begin + WINDOWS_AT_ONCE, num_windows))
+        spectra = np.fft.rfft(windows[here] * _hann(), axis=1)
+        power = np.square(spectra.real) + np.square(spectra.imag)
+        for band, (start, stop, weights) in enumerate(mel_bands()):
+            # einsum adds in a fixed order, which a threaded matrix product need not.
+            mels[here, band] = np.einsum("wb,b->w", power[:, start:stop], weights)
+    return np.log(mels + 1e-6).reshape(-1, WINDOWS_PER_FRAME, NUM_MELS)
 
 
 def _features(mels: np.ndarray) -> np.ndarray:

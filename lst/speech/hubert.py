@@ -1,0 +1,177 @@
+"""Units of HuBERT: the nearest k-means centroid of a layer's output, 25 times a second.
+
+    waveform (n,) → HuBERT's layer L (F, D) → nearest of (num_units, D) centroids → units (F,)
+
+The paper's units are 501 codes at 25 Hz. Models of another rate are refused rather than resampled:
+a unit that skips every second frame of a 50 Hz model is not a unit of what was published for it.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lst.data.records import FRAMES_PER_SECOND
+from lst.errors import UserError
+from lst.speech.synthesis import SAMPLE_RATE
+from lst.speech.wav2vec2 import FrameModel, load_pretrained
+
+__all__ = ["HubertKMeans", "read_centroids"]
+
+MAX_UNITS = 32_768  # of int16
+
+
+class HubertKMeans:
+    """A :class:`lst.speech.units.UnitEncoder` of a HuBERT model and a k-means file.
+
+    Up to 60 s a waveform is one pass of the model; :mod:`lst.speech.wav2vec2` says what holds for
+    longer ones.
+
+    Attributes:
+        centroids: (num_units, D) float32.
+    """
+
+    frame_rate = FRAMES_PER_SECOND
+
+    def __init__(self, model: FrameModel, centroids: Tensor, about: str) -> None:
+        self.centroids = centroids
+        self._model = model
+        content = hashlib.sha256(f"{about} {model.digest()} ".encode())
+        content.update(centroids.cpu().contiguous().numpy().tobytes())
+        self.fingerprint = f"sha256:{content.hexdigest()}"
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        codebook: Path | str,
+        *,
+        layer: int,
+        allow_pickle: bool = False,
+        device: str = "cpu",
+    ) -> Self:
+        """Open a model and its centroids.
+
+        Args:
+            name: a local folder or a name on the hub.
+            codebook: see :func:`read_centroids`, which also explains ``allow_pickle``.
+            layer: whose output the centroids are of: 0 for the transformer's input, 1 for its
+                first layer, and so on. It is taken before the norm that follows the last layer
+                of the larger models.
+
+        Raises:
+            UserError: a model that is not HuBERT, or not at 25 Hz, or has no such layer; centroids
+                of another size; files that cannot be read; transformers is not installed.
+        """
+        base, normalize = load_pretrained(name, "hubert", "HubertModel")
+        num_layers, width = base.config.num_hidden_layers, base.config.hidden_size
+        if not 0 <= layer <= num_layers:
+            raise UserError(f"{name}: expected a layer of 0 to {num_layers}, got {layer}")
+        model = FrameModel(base, layer=layer, normalize=normalize)
+        if model.stride * FRAMES_PER_SECOND != SAMPLE_RATE:
+            raise UserError(
+                f"{name}: expected {FRAMES_PER_SECOND} frames a second, "
+                f"got {SAMPLE_RATE / model.stride:g} (a stride of {model.stride} samples)"
+            )
+        centroids = read_centroids(codebook, allow_pickle=allow_pickle)
+        if centroids.shape[1] != width:
+            raise UserError(
+                f"{codebook}: expected centroids of {width} numbers, as the layers of {name} "
+                f"have, got {centroids.shape[1]}"
+            )
+        tensor = torch.from_numpy(centroids).to(device)
+        return cls(model.to(device), tensor, f"hubert k-means 1, layer {layer}")
+
+    @property
+    def num_units(self) -> int:
+        return len(self.centroids)
+
+    def encode(self, waveform: np.ndarray) -> np.ndarray:
+        """(n,) float at 16 kHz → (F,) int16 in [0, num_units), F = ⌈n / 640⌉."""
+        return _nearest(self._model.states([waveform])[0], self.centroids)
+
+
+def _nearest(states: Tensor, centroids: Tensor) -> np.ndarray:
+    """(F, D) → (F,) int16; of equally near centroids the first."""
+    # argmin |x − c|² = argmin |c|² − 2 x·c, in float64: the squares cancel almost wholly.
+    columns = centroids.double().T
+    distances = columns.square().sum(0) - 2 * states.double() @ columns
+    return distances.argmin(1).to(torch.int16).cpu().numpy()
+
+
+def read_centroids(path: Path | str, *, allow_pickle: bool = False) -> np.ndarray:
+    """Read the centroids of a k-means.
+
+    A ``.safetensors`` or ``.npz`` file holds them as ``centroids``, or as the only array in it.
+    Any other file is taken for what joblib wrote of scikit-learn's k-means. Reading that
+    runs whatever code is in it, so it is read only with ``allow_pickle``, for files that you trust.
+
+    Returns:
+        (num_units, D) float32.
+
+    Raises:
+        UserError: a file that cannot be read, is not of that kind, or needs ``allow_pickle``.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: expected a k-means file, got none")
+    if path.suffix == ".safetensors":
+        arrays = _read_safetensors(path)
+    elif path.suffix == ".npz":
+        arrays = _read_npz(path)
+    elif allow_pickle:
+        arrays = {"centroids": _unpickle(path)}
+    else:
+        raise UserError(
+            f"{path}: expected a .safetensors or .npz file; reading any other runs the code in it, "
+            "and needs --allow-pickle"
+        )
+    if "centroids" not in arrays and len(arrays) != 1:
+        raise UserError(f"{path}: expected an array 'centroids', got {sorted(arrays)}")
+    centroids = arrays["centroids"] if "centroids" in arrays else next(iter(arrays.values()))
+    if centroids.ndim != 2 or not 0 < len(centroids) <= MAX_UNITS:
+        raise UserError(
+            f"{path}: expected centroids of shape (1 to {MAX_UNITS}, D), got {centroids.shape}"
+        )
+    if not np.issubdtype(centroids.dtype, np.floating) or not np.isfinite(centroids).all():
+        raise UserError(f"{path}: expected finite floating-point centroids, got {centroids.dtype}")
+    return centroids.astype(np.float32)
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: no safetensors file could be read here ({error})") from None
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    import zipfile
+
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: no npz file could be read here ({error})") from None
+
+
+def _unpickle(path: Path) -> np.ndarray:
+    try:
+        import joblib  # type: ignore[import-untyped]
+    except ImportError:
+        raise UserError(
+            f"{path} needs joblib, which is not installed: pip install 'lst[speech]'"
+        ) from None
+    try:
+        kmeans = joblib.load(path)
+    except Exception as error:  # whatever the file's own code raises
+        raise UserError(f"{path}: no joblib file could be read here ({error!r})") from None
+    if not hasattr(kmeans, "cluster_centers_"):
+        raise UserError(f"{path}: expected a fitted k-means, got {type(kmeans).__name__}")
+    return np.asarray(kmeans.cluster_centers_)
