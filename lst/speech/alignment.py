@@ -115,16 +115,17 @@ class CTCAligner:
                 f"{name}: expected the tokenizer's padding to be the blank {blank}, "
                 f"got {tokenizer.pad_token_id}"
             )
-        if max(ids.values(), default=0) >= model.config.vocab_size:
-            raise UserError(
-                f"{name}: expected token ids below {model.config.vocab_size}, "
-                f"got {max(ids.values())}"
-            )
         vocabulary = {
             token: number
             for token, number in ids.items()
             if len(token) == 1 and token != delimiter and number != blank
         }
+        size = model.config.vocab_size
+        if max(vocabulary.values(), default=0) >= size:
+            raise UserError(
+                f"{name}: expected the ids of characters below the model's {size}, "
+                f"got {max(vocabulary.values())}"
+            )
         if not vocabulary:
             raise UserError(f"{name}: expected a vocabulary of characters, got none")
         return cls(
@@ -132,7 +133,8 @@ class CTCAligner:
             model.lm_head.requires_grad_(False).to(device),
             vocabulary,
             blank=blank,
-            delimiter=ids.get(delimiter),
+            # transformers adds a delimiter to the tokenizer of a model that was made without one.
+            delimiter=ids[delimiter] if ids.get(delimiter, size) < size else None,
         )
 
     def reason_against(self, num_samples: int, text: str) -> str | None:
