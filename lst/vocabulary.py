@@ -3,6 +3,9 @@
     id      0      1      2      3    4    5 ... 5+num_pieces ... 5+num_pieces+num_units
             <pad>  <bos>  <eos>  <t>  <s>  text pieces          speech units
 
+With ``speech_bpe`` (the paper's BPE baseline) the last part is the pieces of that model, each of
+which stands for one or more units; whatever is said of a unit's id is then said of theirs.
+
 ``<t>`` opens a text span and ``<s>`` a speech span; a document of text alone has neither.
 """
 
@@ -19,6 +22,7 @@ from torch import Tensor
 
 from lst.errors import UserError
 from lst.files import Location
+from lst.speech_bpe import SpeechBPE
 
 __all__ = [
     "BOS",
@@ -50,11 +54,14 @@ class Vocabulary:
     """
 
     num_pieces: int
-    num_units: int
+    num_units: int  # of the codebook
+    speech_bpe: SpeechBPE | None = None
 
     def __post_init__(self) -> None:
         if self.num_pieces < 0 or self.num_units < 0:
             raise ValueError(f"counts must not be negative, got {self}")
+        if self.speech_bpe is not None and self.speech_bpe.num_units != self.num_units:
+            raise ValueError(f"speech_bpe is of {self.speech_bpe.num_units} units, got {self}")
 
     @property
     def first_piece(self) -> int:
@@ -66,7 +73,9 @@ class Vocabulary:
 
     @property
     def size(self) -> int:
-        return self.first_unit + self.num_units
+        return self.first_unit + (
+            self.num_units if self.speech_bpe is None else len(self.speech_bpe)
+        )
 
     def is_special(self, ids: Any) -> Any:
         """Boolean of the shape of ``ids``."""
@@ -91,6 +100,28 @@ class Vocabulary:
 
     def id_to_unit(self, ids: Ids) -> Ids:
         return ids - self.first_unit
+
+    def encode_units(self, units: np.ndarray) -> np.ndarray:
+        """(F,) units of one stretch of speech → (n,) int32 ids; n = F without ``speech_bpe``."""
+        speech = (
+            units.astype(np.int32) if self.speech_bpe is None else self.speech_bpe.encode(units)
+        )
+        return self.unit_to_id(speech)
+
+    def decode_units(self, ids: np.ndarray) -> np.ndarray:
+        """(n,) ids of speech → the (F,) int16 units that they stand for."""
+        speech = self.id_to_unit(ids)
+        return (
+            speech.astype(np.int16) if self.speech_bpe is None else self.speech_bpe.decode(speech)
+        )
+
+    def num_frames(self, ids: np.ndarray) -> np.ndarray:
+        """How many units, of 40 ms, each id stands for: 0 where it is no speech."""
+        is_unit = self.is_unit(ids)
+        if self.speech_bpe is None:
+            return is_unit.astype(np.int32)
+        speech = np.where(is_unit, self.id_to_unit(ids), 0)
+        return np.where(is_unit, self.speech_bpe.lengths[speech], 0)
 
 
 class Tokenizer(ABC):
@@ -147,6 +178,17 @@ class Tokenizer(ABC):
     @abstractmethod
     def decode(self, pieces: Sequence[int]) -> str: ...
 
+    @abstractmethod
+    def piece_ends(self, text: str) -> np.ndarray:
+        """(n,) int32, for each piece of ``encode(text)`` one past its last character in ``text``.
+
+        A blank belongs to the piece that it opens. Of a character in several byte pieces, the
+        first has all of it.
+
+        Raises:
+            UserError: the tokenizer changes the text before it cuts it.
+        """
+
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[bytes]]:
         return type(self), (self._content,)
 
@@ -162,6 +204,7 @@ class SentencePieceTokenizer(Tokenizer):
 
         super().__init__(content)
         self._processor = SentencePieceProcessor(model_proto=content)
+        self._piece_lengths: np.ndarray | None = None
 
     @property
     def num_pieces(self) -> int:
@@ -172,6 +215,18 @@ class SentencePieceTokenizer(Tokenizer):
 
     def decode(self, pieces: Sequence[int]) -> str:
         return self._processor.decode([int(piece) for piece in pieces])
+
+    def piece_ends(self, text: str) -> np.ndarray:
+        if self._piece_lengths is None:
+            self._piece_lengths = _piece_lengths(self._processor)
+        blank = int(self._piece_lengths[self.encode("a")].sum()) - 1  # put before every text, or 0
+        ends = np.cumsum(self._piece_lengths[self.encode(text)], dtype=np.int32) - blank
+        if text and (not len(ends) or ends[-1] != len(text)):
+            raise UserError(
+                "tokenizer: expected one that keeps every character, to align its pieces, got one "
+                f"that does not: {text[:40]!r}"
+            )
+        return ends
 
 
 class JsonTokenizer(Tokenizer):
@@ -209,6 +264,10 @@ class JsonTokenizer(Tokenizer):
         ids = [int(piece) for piece in pieces]
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
+    def piece_ends(self, text: str) -> np.ndarray:
+        offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets
+        return np.array([stop for _, stop in offsets], np.int32)
+
 
 def _tokenizer_in(folder: Location) -> Location:
     kinds = (SentencePieceTokenizer, JsonTokenizer)
@@ -217,6 +276,16 @@ def _tokenizer_in(folder: Location) -> Location:
         names = " or ".join(kind.file_name for kind in kinds)
         raise UserError(f"{folder}: expected {names}, got {'both' if found else 'no tokenizer'}")
     return found[0]
+
+
+def _piece_lengths(processor: Any) -> np.ndarray:
+    """Characters of each piece. A byte that goes on with a character has none of its own."""
+    lengths = []
+    for piece in range(processor.vocab_size()):
+        text = processor.id_to_piece(piece)
+        continues = processor.is_byte(piece) and int(text[1:-1], 16) & 0xC0 == 0x80
+        lengths.append(0 if continues else 1 if processor.is_byte(piece) else len(text))
+    return np.array(lengths, np.int32)
 
 
 def train_tokenizer(lines: Iterable[str], path: Path | str, *, num_pieces: int) -> Tokenizer:

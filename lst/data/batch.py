@@ -53,7 +53,7 @@ class Batch:
     num_targets: int
     num_speech_targets: int
     num_text_tokens: int  # text pieces; neither specials nor speech
-    num_speech_tokens: int  # speech units: 25 to the second
+    num_speech_tokens: int  # speech units, 25 to the second; all that a BPE piece stands for
     record_ids: tuple[str, ...]  # of the N documents, the dead one left out
     step: int  # the rows' number in their lanes
 
@@ -137,7 +137,7 @@ def plan_batch(
         num_targets=int((packed.targets != IGNORE).sum()),
         num_speech_targets=int(speech_targets.sum()),
         num_text_tokens=int(vocabulary.is_piece(packed.tokens).sum()),
-        num_speech_tokens=int(vocabulary.is_unit(packed.tokens).sum()),
+        num_speech_tokens=int(vocabulary.num_frames(packed.tokens).sum()),
         record_ids=packed.record_ids,
         step=step,
     )

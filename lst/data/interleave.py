@@ -23,10 +23,11 @@ record id), so that every epoch interleaves anew and nothing depends on the orde
 
 import hashlib
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, get_args
 
 import numpy as np
 
+from lst.data.alignment import Alignment, aligned_spans, spans_within, with_noise
 from lst.data.records import Record
 from lst.errors import UserError
 from lst.vocabulary import BOS, EOS, SPEECH, TEXT, Tokenizer, Vocabulary
@@ -36,21 +37,17 @@ __all__ = [
     "Document",
     "DocumentKind",
     "Mode",
-    "interleaved_document",
     "item_document",
-    "parallel_document",
     "record_document",
-    "speech_document",
     "stable_rng",
-    "text_document",
 ]
 
+WORDS = Alignment()
 MIN_TEXT_WORDS, MAX_TEXT_WORDS = 5, 30  # of a text span
 
 DocumentKind = Literal["auto", "interleaved", "speech", "text", "speech-to-text", "text-to-speech"]
 DOCUMENT_KINDS: tuple[DocumentKind, ...] = get_args(DocumentKind)
 Mode = Literal["T→T", "S→S", "S→T", "T→S"]
-Part: TypeAlias = list[int] | np.ndarray  # a stretch of a document's ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +56,9 @@ class Document:
 
     Attributes:
         tokens: (T,) int32 joint ids, ``<bos> … <eos>``.
-        aligned: (A, 2) int32, the half-open token range of each aligned word, none of them empty,
-            in order, disjoint, inside speech spans.
+        aligned: (A, 2) int32, the half-open token range of each aligned word or piece, none of
+            them empty, in order, disjoint, inside speech spans; none where the vocabulary has
+            speech in pieces of its own.
         breaks: positions where a patch starts whatever the strategy.
         score_from: position i is a target where i >= max(score_from, 1).
         score_eos: whether ``<eos>`` is a target.
@@ -87,96 +85,52 @@ def record_document(
     tokenizer: Tokenizer,
     rng: np.random.Generator,
     kind: DocumentKind = "auto",
+    *,
+    alignment: Alignment = WORDS,
 ) -> Document:
     """The document that a record is trained on; every token after ``<bos>`` is a target.
 
     Args:
+        rng: draws the spans and, where it is asked for, the noise on aligned boundaries.
         kind: see above. "auto": interleaved where the record's words are aligned, speech where it
             has units alone, text where it has no units.
+        alignment: what :attr:`Document.aligned` holds.
 
     Raises:
         UserError: the kind needs text, units or aligned words that the record does not have.
     """
+    if kind not in DOCUMENT_KINDS:
+        raise ValueError(f"expected a kind of {DOCUMENT_KINDS}, got {kind!r}")
     if kind == "auto":
         kind = "text" if record.units is None else "interleaved" if record.words else "speech"
+    draft = _Draft(vocabulary, tokenizer, alignment)
     if kind == "text":
-        return text_document(record, vocabulary, tokenizer)
-    if kind == "speech":
-        return speech_document(record, vocabulary)
-    if kind == "interleaved":
-        return interleaved_document(record, vocabulary, tokenizer, rng)
-    return parallel_document(record, kind, vocabulary, tokenizer)
-
-
-def text_document(record: Record, vocabulary: Vocabulary, tokenizer: Tokenizer) -> Document:
-    """``<bos> text <eos>``, with no marker, as in any text language model."""
-    pieces = _text_ids(_text_of(record), vocabulary, tokenizer)
-    return _document([[BOS], pieces, [EOS]], [], record.id)
-
-
-def speech_document(record: Record, vocabulary: Vocabulary) -> Document:
-    """``<bos> <s> units <eos>``; the record's words, where it has any, are aligned."""
-    units = vocabulary.unit_to_id(_units_of(record).astype(np.int32))
-    return _document([[BOS, SPEECH], units, [EOS]], [_word_spans(record) + 2], record.id)
-
-
-def interleaved_document(
-    record: Record, vocabulary: Vocabulary, tokenizer: Tokenizer, rng: np.random.Generator
-) -> Document:
-    """Text and speech spans in turn, from the first word to the last. A fair coin says which comes
-    first; the last span is as long as what is left.
-
-    Raises:
-        UserError: the record has no units or no aligned words.
-    """
-    units = vocabulary.unit_to_id(_units_of(record).astype(np.int32))
-    if not record.words:
-        raise UserError(f"record {record.id!r}: expected aligned words to interleave, got none")
-    spans = np.array([(word.start, word.stop) for word in record.words], np.int32)
-    # Word i's side of the stream is frames cuts[i] … cuts[i + 1]: each silence is cut in half.
-    cuts = np.concatenate(([0], (spans[:-1, 1] + spans[1:, 0]) // 2, [len(units)]))
-    parts: list[Part] = [[BOS]]
-    aligned = []
-    length = 1  # tokens so far
-    for is_text, first, stop in _draw_spans(len(spans), rng):
-        if is_text:
-            text = " ".join(word.word for word in record.words[first:stop])
-            parts += [[TEXT], _text_ids(text, vocabulary, tokenizer)]
-        else:
-            parts += [[SPEECH], units[cuts[first] : cuts[stop]]]
-            aligned.append(spans[first:stop] - cuts[first] + length + 1)
-        length += 1 + len(parts[-1])
-    return _document([*parts, [EOS]], aligned, record.id)
-
-
-def parallel_document(
-    record: Record,
-    kind: Literal["speech-to-text", "text-to-speech"],
-    vocabulary: Vocabulary,
-    tokenizer: Tokenizer,
-) -> Document:
-    """All of a record in one modality, then all of it in the other: recognition and synthesis.
-
-    Raises:
-        UserError: the record has no text or no units.
-    """
-    if kind not in ("speech-to-text", "text-to-speech"):
-        raise ValueError(f"expected speech-to-text or text-to-speech, got {kind!r}")
-    text: list[Part] = [[TEXT], _text_ids(_text_of(record), vocabulary, tokenizer)]
-    speech: list[Part] = [[SPEECH], vocabulary.unit_to_id(_units_of(record).astype(np.int32))]
-    is_spoken_first = kind == "speech-to-text"
-    parts = [*speech, *text] if is_spoken_first else [*text, *speech]
-    before = 2 if is_spoken_first else 3 + len(text[1])  # tokens before the first unit
-    return _document([[BOS], *parts, [EOS]], [_word_spans(record) + before], record.id)
+        draft.text(_text_of(record), marker=False)
+    elif kind == "interleaved":
+        _interleave(draft, record, rng)
+    else:
+        for modality in kind.split("-to-"):
+            if modality == "text":
+                draft.text(_text_of(record))
+            else:
+                draft.speech(_units_of(record), draft.spans_of(record), rng)
+    return draft.finish(record.id)
 
 
 def item_document(
-    prompt: Record, ending: Record, mode: Mode, vocabulary: Vocabulary, tokenizer: Tokenizer
+    prompt: Record,
+    ending: Record,
+    mode: Mode,
+    vocabulary: Vocabulary,
+    tokenizer: Tokenizer,
+    *,
+    alignment: Alignment = WORDS,
 ) -> Document:
     """A prompt and one ending to score: the ending's tokens alone are targets.
 
     "S→T" reads a spoken prompt and a written ending, and so on. The ending starts a new patch, so
-    that the patches of the prompt do not depend on it; ``<eos>`` and markers are no targets.
+    that the patches of the prompt do not depend on it; ``<eos>`` and markers are no targets. The
+    noise of ``alignment`` depends on the record alone: a prompt is the same for every ending.
 
     Raises:
         UserError: the mode needs text or units that a record does not have.
@@ -184,24 +138,35 @@ def item_document(
     modes: tuple[str, ...] = ("T→T", "S→S", "S→T", "T→S")
     if mode not in modes:
         raise ValueError(f"expected a mode of {modes}, got {mode!r}")
-    parts: list[Part] = [[BOS]]
-    aligned = []
-    length = 1
+    draft = _Draft(vocabulary, tokenizer, alignment)
     side_before = "T" if mode == "T→T" else ""  # text alone has no marker
     for side, record in ((mode[0], prompt), (mode[2], ending)):
-        if side != side_before:
-            parts.append([TEXT if side == "T" else SPEECH])
-            length += 1
-        side_before, start = side, length
         if side == "T":
-            parts.append(_text_ids(_text_of(record), vocabulary, tokenizer))
+            draft.text(_text_of(record), marker=side != side_before)
         else:
-            parts.append(vocabulary.unit_to_id(_units_of(record).astype(np.int32)))
-            aligned.append(_word_spans(record) + length)
-        length += len(parts[-1])
-    return _document(
-        [*parts, [EOS]], aligned, ending.id, breaks=(start,), score_from=start, score_eos=False
-    )
+            rng, units = stable_rng("item", record.id), _units_of(record)
+            draft.speech(units, draft.spans_of(record), rng, marker=side != side_before)
+        side_before = side
+    start = draft.last_start
+    return draft.finish(ending.id, breaks=(start,), score_from=start, score_eos=False)
+
+
+def _interleave(draft: "_Draft", record: Record, rng: np.random.Generator) -> None:
+    """Text and speech spans in turn, from the first word to the last. A fair coin says which comes
+    first; the last span is as long as what is left."""
+    units = _units_of(record)
+    if not record.words:
+        raise UserError(f"record {record.id!r}: expected aligned words to interleave, got none")
+    words = np.array([(word.start, word.stop) for word in record.words], np.int32)
+    # Word i's side of the stream is frames cuts[i] … cuts[i + 1]: each silence is cut in half.
+    cuts = np.concatenate(([0], (words[:-1, 1] + words[1:, 0]) // 2, [len(units)])).tolist()
+    spans = draft.spans_of(record)
+    for is_text, first, stop in _draw_spans(len(words), rng):
+        if is_text:
+            draft.text(" ".join(word.word for word in record.words[first:stop]))
+        else:
+            start, end = cuts[first], cuts[stop]
+            draft.speech(units[start:end], spans_within(spans, start, end), rng)
 
 
 def _draw_spans(num_words: int, rng: np.random.Generator) -> list[tuple[bool, int, int]]:
@@ -217,33 +182,56 @@ def _draw_spans(num_words: int, rng: np.random.Generator) -> list[tuple[bool, in
     return spans
 
 
-def _document(
-    parts: list[Part],
-    aligned: list[np.ndarray],
-    record_id: str,
-    *,
-    breaks: tuple[int, ...] = (),
-    score_from: int = 0,
-    score_eos: bool = True,
-) -> Document:
-    spans = np.concatenate([np.zeros((0, 2), np.int32), *aligned]).astype(np.int32)
-    return Document(
-        tokens=np.concatenate([np.asarray(part, np.int32) for part in parts]),
-        aligned=spans[spans[:, 0] < spans[:, 1]],  # a word too short for a frame is no patch
-        breaks=breaks,
-        score_from=score_from,
-        score_eos=score_eos,
-        record_id=record_id,
-    )
+class _Draft:
+    """A document being written, span by span."""
 
+    def __init__(self, vocabulary: Vocabulary, tokenizer: Tokenizer, alignment: Alignment) -> None:
+        self._vocabulary, self._tokenizer, self._alignment = vocabulary, tokenizer, alignment
+        self._parts = [np.array([BOS], np.int32)]
+        self._aligned = [np.zeros((0, 2), np.int32)]
+        self._length = 1
+        self.last_start = 1  # of the last span, after its marker
 
-def _text_ids(text: str, vocabulary: Vocabulary, tokenizer: Tokenizer) -> np.ndarray:
-    return vocabulary.piece_to_id(np.array(tokenizer.encode(text), np.int32))
+    def spans_of(self, record: Record) -> np.ndarray:
+        return aligned_spans(record, self._tokenizer, self._alignment)
 
+    def text(self, text: str, *, marker: bool = True) -> None:
+        pieces = np.array(self._tokenizer.encode(text), np.int32)
+        self._add(TEXT if marker else None, self._vocabulary.piece_to_id(pieces))
 
-def _word_spans(record: Record) -> np.ndarray:
-    words = record.words or ()
-    return np.array([(word.start, word.stop) for word in words], np.int32).reshape(-1, 2)
+    def speech(
+        self, units: np.ndarray, spans: np.ndarray, rng: np.random.Generator, *, marker: bool = True
+    ) -> None:
+        """A stretch of units, and the frames in it of what is aligned."""
+        self._add(SPEECH if marker else None, self._vocabulary.encode_units(units))
+        if self._vocabulary.speech_bpe is None:
+            spans = with_noise(spans, len(units), self._alignment.noise_ms, rng)
+            self._aligned.append(spans + self.last_start)
+
+    def finish(
+        self,
+        record_id: str,
+        *,
+        breaks: tuple[int, ...] = (),
+        score_from: int = 0,
+        score_eos: bool = True,
+    ) -> Document:
+        return Document(
+            tokens=np.concatenate([*self._parts, np.array([EOS], np.int32)]),
+            aligned=np.concatenate(self._aligned),
+            breaks=breaks,
+            score_from=score_from,
+            score_eos=score_eos,
+            record_id=record_id,
+        )
+
+    def _add(self, marker: int | None, ids: np.ndarray) -> None:
+        if marker is not None:
+            self._parts.append(np.array([marker], np.int32))
+            self._length += 1
+        self.last_start = self._length
+        self._parts.append(ids)
+        self._length += len(ids)
 
 
 def _text_of(record: Record) -> str:

@@ -22,7 +22,7 @@ import numpy as np
 
 from lst.data.interleave import DOCUMENT_KINDS, DocumentKind, record_document, stable_rng
 from lst.data.packing import Packed, concatenate, patch_document, take
-from lst.data.patching import Aligned, PatchingConfig, Static, strategy_at
+from lst.data.patching import PatchingConfig, strategy_at
 from lst.data.records import Dataset
 from lst.errors import UserError
 from lst.vocabulary import Tokenizer, Vocabulary
@@ -182,10 +182,15 @@ class Lane:
         source = self._sources[drawn.source]
         record = self.datasets[source.dataset][self._record_index(drawn)]
         rng = stable_rng(self.seed, epoch, record.id)
-        document = record_document(record, self.vocabulary, self.tokenizer, rng, source.kind)
+        document = record_document(
+            record,
+            self.vocabulary,
+            self.tokenizer,
+            rng,
+            source.kind,
+            alignment=self.patching.alignment,
+        )
         strategy = strategy_at(self.patching, drawn.row, self.total_steps, rng)
-        if isinstance(strategy, Aligned) and not len(document.aligned):
-            strategy = Static(size=self.patching.size)  # or all of the speech would be one patch
         packed = patch_document(document, self.vocabulary, strategy)
         specials = int(self.vocabulary.is_special(document.tokens).sum())  # a patch each
         whole = packed.tokens if self.weights_in == "tokens" else packed.lengths

@@ -21,7 +21,7 @@ from lst.data.batch import Batch, PlanConfig, make_batch, plan_batch
 from lst.data.interleave import record_document, stable_rng
 from lst.data.lanes import Lane, LaneState, Source
 from lst.data.packing import MIN_ROOM, Packed, concatenate, patch_document
-from lst.data.patching import PatchingConfig, Strategy
+from lst.data.patching import NoPatching, PatchingConfig, final_strategy
 from lst.data.records import Dataset
 from lst.data.workers import lane_items
 from lst.errors import UserError
@@ -109,10 +109,10 @@ class TrainLoader:
                 f"data: expected rows that divide by {world_size} processes × {accumulation} "
                 f"micro-batches, got {config.rows}"
             )
-        if not plan.local and config.patching.strategy != "none":
+        if not plan.local and final_strategy(config.patching) != NoPatching():
             raise UserError(
                 "data: a token-level model reads every token as a patch: expected the patching "
-                f"strategy 'none', got {config.patching.strategy!r}"
+                f"strategy 'none' or 'speech-bpe', got {config.patching.strategy!r}"
             )
         self._vocabulary, self._plan = vocabulary, plan
         self._num_workers = config.num_workers
@@ -192,24 +192,26 @@ def validation_batches(
     vocabulary: Vocabulary,
     tokenizer: Tokenizer,
     plan: PlanConfig,
-    strategy: Strategy,
+    patching: PatchingConfig,
     *,
     units_per_batch: int,
     seed: int,
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Batch]:
-    """Every record of a dataset once, as whole documents; the same at every call.
+    """Every record of a dataset once, as whole documents; the same at every call. Speech is in
+    patches of the final strategy.
 
     Rank r takes records r, r + world_size, …, so ranks may get different numbers of batches. A
     batch holds at most ``units_per_batch`` units, or one longer document alone.
     """
+    strategy = final_strategy(patching)
     parts: list[Packed] = []
     units = 0
     for index in range(rank, len(dataset), world_size):
         record = dataset[index]
         rng = stable_rng(seed, "validation", record.id)
-        document = record_document(record, vocabulary, tokenizer, rng)
+        document = record_document(record, vocabulary, tokenizer, rng, alignment=patching.alignment)
         part = patch_document(document, vocabulary, strategy)
         if parts and units + len(part.lengths) > units_per_batch:
             yield plan_batch(concatenate(parts), vocabulary, plan)

@@ -9,6 +9,10 @@ one at [6, 9), opened by ``<s>`` and closed by ``<eos>``:
     static, 4            <s> | 0 1 2 3 | 4 5 6 7 | 8 9 | <eos>
     aligned, separate    <s> | 0 1 | 2 3 4 | 5 | 6 7 8 | 9 | <eos>
     aligned, merged      <s> | 0 1 2 3 4 5 | 6 7 8 9 | <eos>
+    merged, at most 4    <s> | 0 1 2 3 | 4 5 | 6 7 8 9 | <eos>
+
+"mixed" and "curriculum" draw static or aligned patches for each document. For the token-level
+baselines, "none" and "speech-bpe", every token is a patch.
 
 Patching is a pure function of the tokens, the aligned ranges held fixed (they are side information
 from the aligner, known before the speech is read). A patch whose end nothing tells at its last
@@ -21,6 +25,7 @@ from typing import Literal
 
 import numpy as np
 
+from lst.data.alignment import Alignment
 from lst.errors import UserError
 from lst.vocabulary import Vocabulary
 
@@ -30,6 +35,7 @@ __all__ = [
     "PatchingConfig",
     "Static",
     "Strategy",
+    "aligned_probability",
     "final_strategy",
     "patch_lengths",
     "strategy_at",
@@ -37,10 +43,12 @@ __all__ = [
 
 Silence = Literal["separate", "merged"]
 
+MIXED = 0.5  # probability of aligned patches in "mixed"; the paper names none
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NoPatching:
-    """Every token is a patch: the token-level baseline."""
+    """Every token is a patch: the token-level baselines."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,10 +60,17 @@ class Static:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Aligned:
-    """A patch for each aligned word, and for each silence ("separate"). "merged": a silence belongs
-    to the word before it, or to the first word of the run."""
+    """A patch for each aligned word or piece, and for each silence ("separate"). "merged": a
+    silence belongs to the word before it, or to the first word of the run.
+
+    Attributes:
+        max_length: a longer patch is cut, from its start, into patches of so many units.
+        size: units of a patch in a document in which nothing is aligned, as of :class:`Static`.
+    """
 
     silence: Silence = "separate"
+    max_length: int | None = None
+    size: int = 4
 
 
 Strategy = NoPatching | Static | Aligned
@@ -63,20 +78,43 @@ Strategy = NoPatching | Static | Aligned
 
 @dataclass(frozen=True, kw_only=True)
 class PatchingConfig:
-    """How speech is patched in the course of training.
+    """How speech is patched in the course of training (paper, sections 3.1 and 4.2).
 
-    "curriculum" goes over from aligned to static patches: aligned up to the first fraction of the
-    run, static from the second on, and drawn per document in between (paper, section 3.1).
+    "mixed" draws static or aligned patches for each document, with even chances. "curriculum" goes
+    over from aligned to static ones: aligned up to the first fraction of the run, static from the
+    second on, and drawn per document in between. Models of both are evaluated with static patches.
+    "speech-bpe" replaces speech units by pieces of several units, for a token-level model.
     """
 
-    strategy: Literal["none", "static", "aligned", "curriculum"] = "curriculum"
+    strategy: Literal["none", "static", "aligned", "mixed", "curriculum", "speech-bpe"] = (
+        "curriculum"
+    )
     size: int = 4  # units of a static patch
+    aligned_by: Literal["words", "pieces"] = "words"  # of the text; pieces: the tokenizer's
     silence: Silence = "separate"  # of aligned patches
-    curriculum: tuple[float, float] = (1 / 3, 2 / 3)  # fractions of the run
+    max_patch_length: int | None = None  # units of an aligned patch; None: as long as it is
+    boundary_noise_ms: float = 0.0  # by up to so much aligned boundaries are moved
+    curriculum: tuple[float, float] = (1 / 3, 2 / 3)  # τ₁, τ₂ as fractions of the run
 
     def __post_init__(self) -> None:
         if self.size < 1:
             raise UserError(f"patching: expected a size of at least 1 unit, got {self.size}")
+        if self.max_patch_length is not None and self.max_patch_length < 1:
+            raise UserError(
+                "patching: expected a maximal patch length of at least 1 unit, "
+                f"got {self.max_patch_length}"
+            )
+        if not 0 <= self.boundary_noise_ms < float("inf"):
+            raise UserError(
+                f"patching: expected a boundary noise of 0 ms or more, got {self.boundary_noise_ms}"
+            )
+        if self.strategy not in ("aligned", "mixed", "curriculum"):
+            for name in ("max_patch_length", "boundary_noise_ms"):
+                if getattr(self, name):
+                    raise UserError(
+                        f"patching: {name} is of aligned patches, which the strategy "
+                        f"{self.strategy!r} does not make"
+                    )
         first, last = self.curriculum
         if not 0 <= first <= last <= 1:
             raise UserError(
@@ -84,37 +122,54 @@ class PatchingConfig:
                 f"got {first} and {last}"
             )
 
+    @property
+    def alignment(self) -> Alignment:
+        return Alignment(by=self.aligned_by, noise_ms=self.boundary_noise_ms)
+
+    @property
+    def aligned(self) -> Aligned:
+        return Aligned(silence=self.silence, max_length=self.max_patch_length, size=self.size)
+
 
 def strategy_at(
     config: PatchingConfig, row: int, total_steps: int, rng: np.random.Generator
 ) -> Strategy:
-    """The strategy of one document, drawn where the curriculum is between its two ends.
+    """The strategy of one document, drawn where the configuration leaves a choice.
 
     Args:
-        row: the training step, counted from 0.
+        row: the training step that reads the document's first token, counted from 0. It is all
+            that the curriculum knows of time, so that neither a loader that is ahead of training
+            nor a resumed run shifts it.
         total_steps: of the whole run.
     """
-    if config.strategy != "curriculum":
+    if config.strategy not in ("mixed", "curriculum"):
         return final_strategy(config)
-    first, last = (fraction * total_steps for fraction in config.curriculum)
-    if row < first:
-        probability = 1.0
-    elif row < last:
-        probability = 1 - (row - first) / (last - first)
-    else:
-        probability = 0.0
+    probability = MIXED
+    if config.strategy == "curriculum":
+        probability = aligned_probability(config, row, total_steps)
     # Drawn even where it is certain: what else comes from rng must not depend on the step.
     if rng.random() < probability:
-        return Aligned(silence=config.silence)
+        return config.aligned
     return Static(size=config.size)
 
 
+def aligned_probability(config: PatchingConfig, row: int, total_steps: int) -> float:
+    """P(u) of the paper's curriculum, at step u = ``row``."""
+    first, last = (fraction * total_steps for fraction in config.curriculum)
+    if row < first:
+        return 1.0
+    if row < last:
+        return 1 - (row - first) / (last - first)
+    return 0.0
+
+
 def final_strategy(config: PatchingConfig) -> Strategy:
-    """The strategy at the end of training, with which a model is evaluated."""
-    if config.strategy == "none":
+    """The strategy with which a model is validated and evaluated: its last, and of the two that
+    "mixed" draws from the static one, which needs no aligner (paper, section 5)."""
+    if config.strategy in ("none", "speech-bpe"):
         return NoPatching()
     if config.strategy == "aligned":
-        return Aligned(silence=config.silence)
+        return config.aligned
     return Static(size=config.size)
 
 
@@ -131,7 +186,8 @@ def patch_lengths(
     Args:
         tokens: (T,) integer joint ids, T > 0.
         aligned: (A, 2) non-empty half-open token ranges, in order and disjoint; read by
-            :class:`Aligned` alone. Units in none of them are silence.
+            :class:`Aligned` alone. Units in none of them are silence. Where there is none at all,
+            patches are static: without an aligner, all of the speech would be one silence.
         breaks: positions in (0, T) where a patch starts whatever the strategy; a run of units is
             two runs there.
 
@@ -140,20 +196,24 @@ def patch_lengths(
         closed_late: (P,) bool, True for a patch whose end is not known at its last token.
     """
     num_tokens = len(tokens)
+    if isinstance(strategy, NoPatching):
+        return np.ones(num_tokens, np.int32), np.zeros(num_tokens, bool)
     is_unit = vocabulary.is_unit(tokens)
     starts = np.ones(num_tokens, bool)
     starts[1:] = ~(is_unit[1:] & is_unit[:-1])
     starts[list(breaks)] = True
-    if isinstance(strategy, Static):
-        starts |= (np.arange(num_tokens) - _run_starts(starts)) % strategy.size == 0
-        lengths = _lengths(starts)
-        return lengths, is_unit[starts] & (lengths < strategy.size)
-    if isinstance(strategy, Aligned):
+    known = np.zeros(num_tokens + 1, bool)  # at i: the alignment says that a patch ends before i
+    longest: int | None = strategy.size
+    if isinstance(strategy, Aligned) and len(aligned):
         known = _known_ends(strategy.silence, aligned, is_unit, _run_starts(starts))
-        starts |= known[:-1]
-        lengths = _lengths(starts)
-        return lengths, is_unit[starts] & ~known[np.cumsum(lengths)]
-    return np.ones(num_tokens, np.int32), np.zeros(num_tokens, bool)
+        longest = strategy.max_length
+    starts |= known[:-1]
+    if longest is not None:
+        starts |= (np.arange(num_tokens) - _run_starts(starts)) % longest == 0
+    lengths = _lengths(starts)
+    # A patch ends where alignment says so, or when it is as long as a patch can be.
+    is_known = known[np.cumsum(lengths)] | (lengths == longest)
+    return lengths, is_unit[starts] & ~is_known
 
 
 def _run_starts(starts: np.ndarray) -> np.ndarray:

@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 import tyro
 
 from lst.data.interleave import Mode
-from lst.data.patching import final_strategy
 from lst.data.records import read_items
 from lst.errors import run_command
 from lst.evaluate.story_completion import format_table, story_completion
@@ -39,7 +38,7 @@ def main() -> None:
         vocabulary,
         tokenizer,
         trained.model.plan(),
-        strategy=final_strategy(trained.data.patching),
+        patching=trained.data.patching,
         modes=[MODES[mode] for mode in config.modes],
         device=config.device,
     )

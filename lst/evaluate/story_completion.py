@@ -4,7 +4,10 @@ Every ending of an item follows the same prompt in a document of its own. The sc
 the log-probability of its tokens, the prompt and ``<eos>`` left out::
 
     sum        Σ log p(token | before)                 as HellaSwag's "acc"
-    per token  the same divided by the number of tokens
+    per token  the same divided by the number of text pieces or 25 Hz speech units
+
+A piece of a speech BPE counts as the units that it stands for, so that a model over such pieces is
+measured on the same speech in the same way. Its ending is encoded apart from the prompt.
 
 In mode "S→S" prompt and ending are speech; in "T→T" both are text (paper, section 4.1). An item
 counts as right when its true ending scores strictly highest; a tie among n best counts 1/n.
@@ -19,7 +22,7 @@ import torch
 
 from lst.data.batch import PlanConfig, pack_documents
 from lst.data.interleave import Document, Mode, item_document
-from lst.data.patching import Strategy
+from lst.data.patching import PatchingConfig, final_strategy
 from lst.data.records import StoryItem
 from lst.model import LanguageModel
 from lst.vocabulary import Tokenizer, Vocabulary
@@ -50,7 +53,7 @@ def story_completion(
     tokenizer: Tokenizer,
     plan: PlanConfig,
     *,
-    strategy: Strategy,
+    patching: PatchingConfig,
     modes: Sequence[Mode] = ("S→S", "T→T"),
     device: torch.device | str = "cpu",
     tokens_per_batch: int = 16384,
@@ -60,33 +63,37 @@ def story_completion(
     Args:
         model: gives token losses for a batch.
         items: prompts with endings; one without units is left out of the modes that need speech.
-        strategy: how speech is patched, the same as the model was last trained with.
+        patching: what the model was trained with; speech is in patches of its final strategy.
         plan: the model's (``ModelConfig.plan``).
         tokens_per_batch: documents are packed up to about this many tokens.
 
     Returns:
         One score for every task, mode and measure that has items, in that order.
     """
+    strategy = final_strategy(patching)
     scores = []
     for mode in modes:
         spoken = "S" in mode
         chosen = [item for item in items if not spoken or item.prompt.units is not None]
         documents = (
-            item_document(item.prompt, ending, mode, vocabulary, tokenizer)
+            item_document(
+                item.prompt, ending, mode, vocabulary, tokenizer, alignment=patching.alignment
+            )
             for item in chosen
             for ending in item.endings
         )
         sums: list[float] = []
         counts: list[int] = []
         for group in _groups(documents, tokens_per_batch):
-            batch = pack_documents(group, vocabulary, strategy, plan).to(device)
+            batch = pack_documents(group, vocabulary, strategy, plan)
+            targets = batch.targets.numpy()
+            sizes = np.maximum(vocabulary.num_frames(targets), 1) * (targets >= 0)
             with torch.no_grad():
-                losses = model(batch).double().cpu()
-            scored = (batch.targets >= 0).cpu()
+                losses = model(batch.to(device)).double().cpu()
             cuts = batch.layout.cu_tokens.tolist()
             for start, stop in itertools.pairwise(cuts):
                 sums.append(-float(losses[start:stop].sum()))
-                counts.append(int(scored[start:stop].sum()))
+                counts.append(int(sizes[start:stop].sum()))
         scores += _scores(chosen, mode, np.array(sums), np.array(counts))
     order = {task: place for place, task in enumerate(TASKS)}
     return sorted(scores, key=lambda score: order.get(score.task, len(order)))

@@ -2,7 +2,6 @@
 
 from dataclasses import asdict
 
-from lst.data.patching import final_strategy
 from lst.evaluate import format_table, story_completion
 from lst.files import Location
 from lst.model import LanguageModel
@@ -29,7 +28,7 @@ def complete_stories(
             corpus.vocabulary,
             corpus.tokenizer,
             config.model.plan(),
-            strategy=final_strategy(config.data.patching),
+            patching=config.data.patching,
             device=world.device,
         )
         table = format_table(scores)

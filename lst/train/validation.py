@@ -3,7 +3,6 @@
 import torch
 
 from lst.data.loader import validation_batches
-from lst.data.patching import final_strategy
 from lst.model import LanguageModel
 from lst.train.config import TrainConfig
 from lst.train.corpus import Corpus
@@ -35,7 +34,7 @@ def validate(
                 corpus.vocabulary,
                 corpus.tokenizer,
                 config.model.plan(),
-                final_strategy(config.data.patching),
+                config.data.patching,
                 units_per_batch=config.data.units_per_sequence,
                 seed=config.seed,
                 rank=world.rank,

@@ -7,18 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lst.data.alignment import Alignment
 from lst.data.interleave import (
     DOCUMENT_KINDS,
-    interleaved_document,
     item_document,
-    parallel_document,
     record_document,
-    speech_document,
     stable_rng,
-    text_document,
 )
 from lst.data.records import Record, Word
 from lst.errors import UserError
+from lst.speech_bpe import train_speech_bpe
 from lst.vocabulary import BOS, EOS, SPEECH, TEXT, Vocabulary
 
 
@@ -33,6 +31,10 @@ class WordTokenizer:
 
 TOKENIZER = WordTokenizer()
 VOCABULARY = Vocabulary(num_pieces=1000, num_units=500)
+
+
+def interleaved_document(record, vocabulary, tokenizer, rng):
+    return record_document(record, vocabulary, tokenizer, rng, "interleaved")
 
 
 def make_record(lengths, gaps, id="r", text=True):
@@ -164,7 +166,7 @@ def test_draws_depend_on_the_key_alone():
 
 def test_text_document_has_no_marker():
     record = Record("t", "w1 w2", None, None, None, None, "test")
-    document = text_document(record, VOCABULARY, TOKENIZER)
+    document = record_document(record, VOCABULARY, TOKENIZER, np.random.default_rng(0))
     assert document.tokens.tolist() == [BOS, 7, 8, 9, 10, EOS]
     assert document.aligned.shape == (0, 2)
     assert (document.score_from, document.score_eos, document.breaks) == (0, True, ())
@@ -174,7 +176,7 @@ def test_text_document_has_no_marker():
 
 def test_speech_document_aligns_its_words():
     record = make_record([3, 0, 2], [2, 1, 0, 0])
-    document = speech_document(record, VOCABULARY)
+    document = record_document(record, VOCABULARY, TOKENIZER, np.random.default_rng(0), "speech")
     units = VOCABULARY.unit_to_id(np.arange(8)).tolist()
     assert document.tokens.tolist() == [BOS, SPEECH, *units, EOS]
     assert document.aligned.tolist() == [[4, 7], [8, 10]]  # the empty word is no patch
@@ -232,8 +234,99 @@ def test_a_kind_that_a_record_cannot_be_is_refused():
     ):
         with pytest.raises(UserError, match=message):
             record_document(record, VOCABULARY, TOKENIZER, rng, kind)
-    with pytest.raises(ValueError, match="expected speech-to-text or text-to-speech, got 'both'"):
-        parallel_document(SPOKEN, "both", VOCABULARY, TOKENIZER)
+    with pytest.raises(ValueError, match=r"expected a kind of \('auto', .*got 'both'"):
+        record_document(SPOKEN, VOCABULARY, TOKENIZER, rng, "both")
+
+
+def test_aligned_pieces_are_placed_in_every_kind_of_document():
+    class Halves(WordTokenizer):
+        """Every word is two pieces, "w" and its number."""
+
+        def piece_ends(self, text):
+            ends = np.cumsum([len(word) + 1 for word in text.split()]) - 1
+            starts = ends - [len(word) for word in text.split()]
+            return np.stack([starts + 1, ends], 1).ravel()
+
+    record = make_record([4] * 40, [1] * 41)
+    pieces = Alignment(by="pieces")
+    for kind in ("speech", "interleaved", "text-to-speech"):
+        words, halves = (
+            record_document(
+                record, VOCABULARY, Halves(), np.random.default_rng(3), kind, alignment=alignment
+            )
+            for alignment in (Alignment(), pieces)
+        )
+        np.testing.assert_array_equal(words.tokens, halves.tokens)
+        # w0 … w9 have two characters, the others three: the first letter is 2 or 1 of 4 frames.
+        assert len(halves.aligned) == 2 * len(words.aligned)
+        np.testing.assert_array_equal(halves.aligned[::2, 0], words.aligned[:, 0])
+        np.testing.assert_array_equal(halves.aligned[1::2, 1], words.aligned[:, 1])
+        assert set((halves.aligned[::2, 1] - words.aligned[:, 0]).tolist()) <= {1, 2}
+    document = item_document(record, record, "S→S", VOCABULARY, Halves(), alignment=pieces)
+    assert len(document.aligned) == 160
+
+
+def test_noise_moves_patches_and_nothing_else():
+    record = make_record([4] * 60, [2] * 61)
+    quiet, noisy, again = (
+        record_document(
+            record,
+            VOCABULARY,
+            TOKENIZER,
+            np.random.default_rng(3),
+            alignment=Alignment(noise_ms=noise_ms),
+        )
+        for noise_ms in (0, 40, 40)
+    )
+    np.testing.assert_array_equal(quiet.tokens, noisy.tokens)
+    np.testing.assert_array_equal(again.aligned, noisy.aligned)
+    moved = (quiet.aligned != noisy.aligned).mean()
+    assert 0.3 < moved < 0.7
+    assert VOCABULARY.is_unit(noisy.tokens[noisy.aligned[:, 0]]).all()
+    assert VOCABULARY.is_unit(noisy.tokens[noisy.aligned[:, 1] - 1]).all()
+
+
+def test_every_ending_follows_a_prompt_of_the_same_noise():
+    prompt, endings = make_record([4] * 9, [2] * 10, "p"), (ENDING, make_record([5], [3, 3], "f"))
+    first, second = (
+        item_document(
+            prompt, ending, "S→S", VOCABULARY, TOKENIZER, alignment=Alignment(noise_ms=100)
+        ).aligned
+        for ending in endings
+    )
+    np.testing.assert_array_equal(first[:9], second[:9])
+    plain = item_document(prompt, ENDING, "S→S", VOCABULARY, TOKENIZER).aligned
+    assert (first[:9] != plain[:9]).any()
+
+
+def test_speech_pieces_are_made_span_by_span():
+    runs = [np.repeat([1, 2, 3], 4).astype(np.int16)] * 20
+    bpe = train_speech_bpe(runs, num_units=500, num_pieces=510)
+    vocabulary = Vocabulary(num_pieces=1000, num_units=500, speech_bpe=bpe)
+    record = make_record([4] * 60, [0] * 61)
+    record.units[:] = np.tile(runs[0], 20)
+    plain, pieces = (
+        record_document(record, each, TOKENIZER, np.random.default_rng(3))
+        for each in (VOCABULARY, vocabulary)
+    )
+    assert pieces.aligned.shape == (0, 2)
+    assert len(pieces.tokens) < len(plain.tokens)
+    for (marker, ids, _), (other, expected, _) in zip(
+        spans_of(pieces), spans_of(plain), strict=True
+    ):
+        assert marker == other
+        if marker == SPEECH:
+            units = VOCABULARY.id_to_unit(expected)
+            assert ids.tolist() == vocabulary.encode_units(units).tolist()
+    # An ending is encoded apart from its prompt, however well they would go together.
+    prompt, ending = (
+        Record(name, None, units, None, None, None, "test")
+        for name, units in (("p", runs[0][:2]), ("e", runs[0][2:]))
+    )
+    document = item_document(prompt, ending, "S→S", vocabulary, TOKENIZER)
+    place = document.score_from
+    assert document.tokens[2:place].tolist() == vocabulary.encode_units(prompt.units).tolist()
+    assert document.tokens[place:-1].tolist() == vocabulary.encode_units(ending.units).tolist()
 
 
 PROMPT, ENDING = make_record([2, 1], [1, 0, 0], "p"), make_record([2], [0, 1], "e")

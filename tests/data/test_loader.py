@@ -14,7 +14,7 @@ import torch
 
 from lst.data.batch import IGNORE, PlanConfig
 from lst.data.loader import DataConfig, TrainLoader, validation_batches
-from lst.data.patching import PatchingConfig, Static
+from lst.data.patching import PatchingConfig
 from lst.data.records import Dataset
 from lst.errors import UserError
 from lst.vocabulary import EOS, Vocabulary
@@ -190,7 +190,7 @@ def validation(corpus, name="speech", **options):
     dataset = Dataset.open(corpus.folder / "train" / name)
     return list(
         validation_batches(
-            dataset, corpus.vocabulary, corpus.tokenizer, PLAN, Static(size=4),
+            dataset, corpus.vocabulary, corpus.tokenizer, PLAN, PatchingConfig(size=4),
             **({"units_per_batch": 100, "seed": 1} | options),
         )
     )  # fmt: skip

@@ -13,6 +13,7 @@ from lst.data.patching import (
     NoPatching,
     PatchingConfig,
     Static,
+    aligned_probability,
     final_strategy,
     patch_lengths,
     strategy_at,
@@ -31,6 +32,9 @@ STRATEGIES = {
     "static 4": Static(size=4),
     "separate": SEPARATE,
     "merged": MERGED,
+    "separate, at most 2": Aligned(silence="separate", max_length=2, size=3),
+    "merged, at most 3": Aligned(silence="merged", max_length=3),
+    "merged, at most 1": Aligned(silence="merged", max_length=1),
 }
 
 
@@ -73,9 +77,26 @@ def test_touching_words_need_no_silence():
     assert cut(6, MERGED, [(0, 2), (2, 5)]) == [(2, False), (4, True)]
 
 
-@pytest.mark.parametrize("strategy", [SEPARATE, MERGED])
-def test_speech_without_words_is_one_silence(strategy):
-    assert cut(9, strategy) == [(9, True)]
+@pytest.mark.parametrize("silence", ["separate", "merged"])
+def test_a_document_without_alignment_is_patched_statically(silence):
+    assert cut(9, Aligned(silence=silence, size=4)) == [*on_time(4, 4), (1, True)]
+    # A run without words beside one with words is a silence.
+    tokens = np.array([BOS, SPEECH, *[UNIT] * 9, TEXT, PIECE, SPEECH, UNIT, EOS], np.int32)
+    aligned = np.array([(14, 15)], np.int32)
+    lengths, late = patch_lengths(tokens, VOCABULARY, Aligned(silence=silence), aligned=aligned)
+    assert lengths.tolist() == [1, 1, 9, 1, 1, 1, 1, 1]
+    assert np.flatnonzero(late).tolist() == [2] if silence == "separate" else [2, 6]
+
+
+def test_long_patches_are_cut_from_their_start():
+    """A silence of 7 and a word of 5 units, at most 3 to a patch: a full patch ends on time."""
+    words = [(7, 12)]
+    assert cut(12, Aligned(max_length=3), words) == on_time(3, 3, 1, 3, 2)
+    assert cut(14, Aligned(max_length=3), words) == [*on_time(3, 3, 1, 3, 2), (2, True)]
+    assert cut(15, Aligned(max_length=3), words) == on_time(3, 3, 1, 3, 2, 3)
+    merged = Aligned(silence="merged", max_length=5)
+    assert cut(14, merged, [(2, 7), (9, 11)]) == [*on_time(5, 4, 5)]
+    assert cut(13, merged, [(2, 7), (9, 11)]) == [*on_time(5, 4), (4, True)]
 
 
 def test_a_break_starts_a_run():
@@ -212,6 +233,33 @@ def test_curriculum_follows_the_paper():
         assert share_aligned(config, row) == pytest.approx(probability, abs=0.06)
 
 
+def test_the_curriculum_is_the_formula_of_the_paper():
+    config = PatchingConfig(curriculum=(0.25, 0.75))
+    probabilities = [aligned_probability(config, u, 8) for u in range(10)]
+    assert probabilities == [1, 1, 1, 0.75, 0.5, 0.25, 0, 0, 0, 0]
+
+
+def test_mixed_patching_tosses_a_coin_for_each_document():
+    """Section 4.2: static or aligned patching at random per sequence, whatever the step."""
+    config = PatchingConfig(strategy="mixed")
+    for row in (0, 299):
+        assert share_aligned(config, row) == pytest.approx(0.5, abs=0.06)
+    assert final_strategy(config) == Static(size=4)
+
+
+def test_all_options_reach_the_patches():
+    config = PatchingConfig(
+        strategy="aligned",
+        silence="merged",
+        size=6,
+        max_patch_length=25,
+        aligned_by="pieces",
+        boundary_noise_ms=20,
+    )
+    assert final_strategy(config) == Aligned(silence="merged", size=6, max_length=25)
+    assert (config.alignment.by, config.alignment.noise_ms) == ("pieces", 20)
+
+
 def test_a_curriculum_may_switch_at_once():
     config = PatchingConfig(curriculum=(0.5, 0.5))
     assert (share_aligned(config, 149), share_aligned(config, 150)) == (1, 0)
@@ -221,6 +269,7 @@ def test_strategies_by_name():
     rng = np.random.default_rng(0)
     for name, strategy in (
         ("none", NoPatching()),
+        ("speech-bpe", NoPatching()),
         ("static", Static(size=4)),
         ("aligned", SEPARATE),
     ):
@@ -233,6 +282,13 @@ def test_strategies_by_name():
     ("options", "message"),
     [
         ({"size": 0}, "expected a size of at least 1 unit, got 0"),
+        ({"max_patch_length": 0}, "maximal patch length of at least 1 unit, got 0"),
+        ({"boundary_noise_ms": -1.0}, "boundary noise of 0 ms or more, got -1.0"),
+        (
+            {"strategy": "static", "boundary_noise_ms": 20.0},
+            "boundary_noise_ms is of aligned patches, which the strategy 'static' does not make",
+        ),
+        ({"strategy": "none", "max_patch_length": 9}, "max_patch_length is of aligned patches"),
         ({"curriculum": (0.7, 0.3)}, "curriculum fractions .* got 0.7 and 0.3"),
         ({"curriculum": (0.5, 1.5)}, "curriculum fractions"),
     ],

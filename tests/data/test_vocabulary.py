@@ -133,3 +133,33 @@ def test_user_mistakes_are_one_line(tmp_path):
         Tokenizer.load(tmp_path)
     with pytest.raises(UserError, match="no tokenizer of 9000 pieces"):
         train_tokenizer(LINES, tmp_path / "d.model", num_pieces=9000)
+
+
+@pytest.mark.parametrize("text", ["The cat sat.", " two  blanks ", "zażółć 日本 ✓!", "a\nb\tc", ""])
+def test_pieces_end_where_their_text_ends(tokenizer, text):
+    ends = tokenizer.piece_ends(text)
+    pieces = tokenizer.encode(text)
+    assert len(ends) == len(pieces)
+    assert (np.diff(ends, prepend=0) >= 0).all()
+    # Where no character is cut, the pieces up to a place are the text up to there.
+    for place, end in enumerate(ends, start=1):
+        decoded = tokenizer.decode(pieces[:place])
+        if "\ufffd" not in decoded:
+            assert decoded == text[:end]
+
+
+def test_pieces_of_a_tokenizer_that_changes_the_text_are_refused(tmp_path):
+    from sentencepiece import SentencePieceTrainer
+
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(LINES),
+        model_prefix=str(tmp_path / "nfkc"),
+        model_type="bpe",
+        vocab_size=60,
+        minloglevel=2,
+    )
+    changing = Tokenizer.load(tmp_path / "nfkc.model")
+    with pytest.raises(
+        UserError, match=r"expected one that keeps every character.* '\s+The   cat'"
+    ):
+        changing.piece_ends("   The   cat")

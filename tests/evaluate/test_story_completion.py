@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lst.data.batch import PlanConfig
-from lst.data.patching import Static
+from lst.data.patching import PatchingConfig
 from lst.data.records import Record, StoryItem
 from lst.evaluate import format_table, story_completion
 from lst.evaluate.story_completion import wilson_interval
@@ -64,7 +64,13 @@ def item(prompt: str, endings: list[str], answer: int, task: str = "storycloze")
 
 def scores(model, items, **options):
     found = story_completion(
-        model, items, VOCABULARY, Letters(), PLAN, strategy=Static(size=3), **options
+        model,
+        items,
+        VOCABULARY,
+        Letters(),
+        PLAN,
+        patching=PatchingConfig(strategy="static", size=3),
+        **options,
     )
     return {(s.task, s.mode, s.measure): s for s in found}
 

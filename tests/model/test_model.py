@@ -25,6 +25,7 @@ STRATEGIES = {
     "static": Static(size=3),
     "aligned": Aligned(silence="separate"),
     "merged": Aligned(silence="merged"),
+    "at most 2": Aligned(silence="separate", max_length=2),
 }
 
 
