@@ -34,7 +34,6 @@ import tyro
 from lst.data.batch import Batch
 from lst.errors import UserError, run_command
 from lst.model import ModelConfig, StackConfig
-from lst.model.layers import hidden_width
 from lst.presets import PRESETS
 from lst.train.config import TrainConfig
 from lst.vocabulary import Vocabulary
@@ -194,8 +193,9 @@ def _decoder(config: ModelConfig, counts: Counts) -> float:
 
 
 def _stack(stack: StackConfig, rows: float, pairs: float) -> float:
-    dim, hidden = stack.dim, hidden_width(stack.dim)
-    projections = _product(rows, dim, 4 * dim)
+    dim, hidden = stack.dim, stack.hidden_width
+    heads = 2 * stack.heads + 2 * stack.num_kv_heads  # q, output; k, v
+    projections = _product(rows, dim, heads * stack.head_dim)
     feed_forward = _product(rows, dim, 2 * hidden) + _product(rows, hidden, dim)
     return stack.layers * (projections + _attention(pairs, dim) + feed_forward)
 

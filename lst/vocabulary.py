@@ -77,6 +77,11 @@ class Vocabulary:
             self.num_units if self.speech_bpe is None else len(self.speech_bpe)
         )
 
+    @property
+    def speech_size(self) -> int:
+        """Ids of the speech vocabulary: the specials, then units or their pieces."""
+        return self.size - self.num_pieces
+
     def is_special(self, ids: Any) -> Any:
         """Boolean of the shape of ``ids``."""
         return ids < self.first_piece
@@ -122,6 +127,10 @@ class Vocabulary:
             return is_unit.astype(np.int32)
         speech = np.where(is_unit, self.id_to_unit(ids), 0)
         return np.where(is_unit, self.speech_bpe.lengths[speech], 0)
+
+    def to_speech_id(self, ids: Any) -> Any:
+        """Joint ids of specials and units in the speech vocabulary; negative ones stay."""
+        return ids - self.num_pieces * self.is_unit(ids)
 
 
 class Tokenizer(ABC):

@@ -2,9 +2,16 @@
 
     records -> interleave -> patching -> packing -> [batch]
 
-A training batch ends with a dead tail: ``<pad>`` tokens that round the number of tokens up to a
-multiple of 256, so that kernels see few sizes. Each row gives one unit to it, and so what a row
-holds never depends on which rows it shares a stream with.
+A training batch ends with a dead tail: ``<pad>`` tokens that round the number of tokens that pass
+the local modules up to a multiple of 256, so that kernels see few sizes. Each row gives one unit to
+it, and so what a row holds never depends on which rows it shares a stream with.
+
+Where text belongs to the global transformer alone (``text_path="global"``), the stream falls into
+two, and each patch belongs to one. The dead tail counts as speech, so there always is some::
+
+    stream      <bos> ▁Once ▁upon <s> 1 2 3 4 5 6 <eos> | <bos> ▁The ▁cat <eos> | <pad> … <pad>
+    text        <bos> ▁Once ▁upon <s>             <eos> | <bos> ▁The ▁cat <eos> |
+    speech                            1 2 3 4 5 6       |                       | <pad> … <pad>
 
 The forward pass makes nothing of this itself: offsets, key ranges, positions, maxima and counts
 are all here, made on the CPU and moved to the device once.
@@ -12,6 +19,7 @@ are all here, made on the CPU and moved to the device once.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -23,9 +31,21 @@ from lst.data.patching import Strategy
 from lst.vocabulary import PAD, Vocabulary
 from lst_kernels import KeyRanges, PatchLayout
 
-__all__ = ["IGNORE", "Batch", "PlanConfig", "make_batch", "pack_documents", "plan_batch"]
+__all__ = [
+    "IGNORE",
+    "Batch",
+    "PlanConfig",
+    "Split",
+    "TextPath",
+    "make_batch",
+    "pack_documents",
+    "plan_batch",
+]
 
-TOKENS_MULTIPLE = 256  # of a training batch
+TOKENS_MULTIPLE = 256  # of what passes the local modules in a training batch
+
+TextPath = Literal["local", "global"]
+Part = TypeVar("Part", "Batch", "Split")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +56,30 @@ class PlanConfig:
     local_window: int = 512  # tokens that a local layer reads, the query's own counted
     decoder_window: int | None = 512  # patches that a token reads; None: all of its document
     local: bool = True  # False: token-level baseline, without patch encoder and decoder
+    text_path: TextPath = "local"  # "global": text and specials pass no local module
+
+    @property
+    def splits(self) -> bool:
+        """Whether speech alone passes the local modules."""
+        return self.local and self.text_path == "global"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Split:
+    """A stream as speech and text, each with its ids; a text token, or special, is a patch."""
+
+    speech_tokens: Tensor  # (Ts,) int64, ids of the speech vocabulary: specials, then units
+    speech_targets: Tensor  # (Ts,) int64, the same, or IGNORE
+    text_tokens: Tensor  # (Tt,) int64, ids of the joint vocabulary; T = Ts + Tt
+    text_targets: Tensor  # (Tt,) int64, the same, or IGNORE
+    text_patches: Tensor  # (Tt,) int64, the patch that each is
+    patch_rows: Tensor  # (P,) int64, where each patch is in [speech patches; text tokens]
+    token_rows: Tensor  # (T,) int64, where each token is in [speech tokens; text tokens]
+    read_patches: Tensor  # (Pr,) int64, the patches that some speech token reads, and dead ones
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Split":
+        """The same on another device."""
+        return _moved(self, device, non_blocking)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,10 +90,13 @@ class Batch:
     targets: Tensor  # (T,) int64, the next token of the same document, or IGNORE
     speech_targets: Tensor  # (T,) bool, whether the target is a speech unit
     layout: PatchLayout
-    encoder_ranges: KeyRanges | None  # P·S × T; this and the next two: None without local modules
-    decoder_ranges: KeyRanges | None  # T × P·S
-    local_ranges: KeyRanges | None  # T × T
     global_ranges: KeyRanges  # P × P
+    # Of what passes the local modules: everything, or speech alone; None without them.
+    local_layout: PatchLayout | None
+    encoder_ranges: KeyRanges | None  # P·S × T
+    decoder_ranges: KeyRanges | None  # T × P·S, of the patches that are read
+    local_ranges: KeyRanges | None  # T × T
+    split: Split | None  # where speech alone passes the local modules
     num_targets: int
     num_speech_targets: int
     num_text_tokens: int  # text pieces; neither specials nor speech
@@ -69,19 +116,26 @@ class Batch:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """The same batch on another device; host values stay as they are."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        for name, value in values.items():
-            if isinstance(value, Tensor | PatchLayout | KeyRanges):
-                values[name] = value.to(device, non_blocking=non_blocking)
-        return Batch(**values)
+        return _moved(self, device, non_blocking)
+
+
+def _moved(part: Part, device: torch.device | str, non_blocking: bool) -> Part:
+    values = {field.name: getattr(part, field.name) for field in fields(part)}
+    moved: dict[int, Any] = {}  # what two fields share moves once
+    for name, value in values.items():
+        if isinstance(value, Tensor | PatchLayout | KeyRanges | Split):
+            if id(value) not in moved:
+                moved[id(value)] = value.to(device, non_blocking=non_blocking)
+            values[name] = moved[id(value)]
+    return type(part)(**values)
 
 
 def make_batch(
     rows: Sequence[Packed], vocabulary: Vocabulary, plan: PlanConfig, *, step: int
 ) -> Batch:
     """A training batch: the rows' documents, then a dead document of as many patches as rows."""
-    num_tokens = sum(len(row.tokens) for row in rows)
-    padding = TOKENS_MULTIPLE - num_tokens % TOKENS_MULTIPLE
+    passing = (vocabulary.is_unit(row.tokens) if plan.splits else row.tokens >= 0 for row in rows)
+    padding = TOKENS_MULTIPLE - sum(int(mask.sum()) for mask in passing) % TOKENS_MULTIPLE
     dead_lengths = np.zeros(len(rows), np.int32)
     dead_lengths[-1] = padding
     dead = Packed(
@@ -120,20 +174,25 @@ def plan_batch(
         num_dead_patches=num_dead_patches,
     )
     speech_targets = vocabulary.is_unit(packed.targets)
-    encoder = decoder = local = None
+    split = local_layout = encoder = decoder = local = None
     if plan.local:
-        encoder = layout.patches_read_tokens(window=1, slots=plan.slots)
+        local_layout = layout
         decoder = layout.tokens_read_patches(window=plan.decoder_window, slots=plan.slots)
-        local = layout.sliding_window(plan.local_window)
+        if plan.splits:
+            split, local_layout, decoder = _split(packed, vocabulary, layout, decoder)
+        encoder = local_layout.patches_read_tokens(window=1, slots=plan.slots)
+        local = local_layout.sliding_window(plan.local_window)
     return Batch(
         tokens=torch.from_numpy(packed.tokens).long(),
         targets=torch.from_numpy(packed.targets).long(),
         speech_targets=torch.from_numpy(speech_targets),
         layout=layout,
+        global_ranges=layout.block_causal(),
+        local_layout=local_layout,
         encoder_ranges=encoder,
         decoder_ranges=decoder,
         local_ranges=local,
-        global_ranges=layout.block_causal(),
+        split=split,
         num_targets=int((packed.targets != IGNORE).sum()),
         num_speech_targets=int(speech_targets.sum()),
         num_text_tokens=int(vocabulary.is_piece(packed.tokens).sum()),
@@ -141,3 +200,56 @@ def plan_batch(
         record_ids=packed.record_ids,
         step=step,
     )
+
+
+def _split(
+    packed: Packed, vocabulary: Vocabulary, layout: PatchLayout, reads: KeyRanges
+) -> tuple[Split, PatchLayout, KeyRanges]:
+    """The two streams; the layout of speech; the ranges in which it reads the read patches' slots.
+
+    Args:
+        reads: of the whole stream, T × P·S.
+    """
+    is_speech = torch.from_numpy(vocabulary.is_unit(packed.tokens))
+    is_speech[layout.num_tokens - layout.num_dead_tokens :] = True
+    speech, text = (mask.nonzero().flatten() for mask in (is_speech, ~is_speech))
+
+    text_patches = layout.patch_ids[text].long()
+    is_speech_patch = torch.ones(layout.num_patches, dtype=torch.bool)
+    is_speech_patch[text_patches] = False
+    speech_patches_before = torch.nn.functional.pad(is_speech_patch.cumsum(0), (1, 0))
+    speech_layout = PatchLayout.from_lengths(
+        layout.cu_patches.diff()[is_speech_patch],
+        speech_patches_before[layout.cu_documents].diff(),
+        closed_late=layout.closed_late[is_speech_patch],
+        num_dead_patches=layout.num_dead_patches,
+    )
+
+    # Keys that no speech token reads are left out: patches of text documents, above all.
+    slots = reads.num_keys // layout.num_patches
+    reads = reads.select_queries(speech)
+    is_read = reads.query_start < reads.query_stop
+    is_read[reads.num_keys - slots * layout.num_dead_patches :] = True
+    read = is_read.nonzero().flatten()
+    reads = reads.transpose().select_queries(read).transpose()
+
+    targets = torch.from_numpy(packed.targets).long()
+    speech_targets = targets[speech]
+    if vocabulary.is_piece(speech_targets).any():
+        raise ValueError("a speech unit is followed by a text piece; expected <t> between them")
+    split = Split(
+        speech_tokens=vocabulary.to_speech_id(torch.from_numpy(packed.tokens).long()[speech]),
+        speech_targets=vocabulary.to_speech_id(speech_targets),
+        text_tokens=torch.from_numpy(packed.tokens).long()[text],
+        text_targets=targets[text],
+        text_patches=text_patches,
+        patch_rows=_rows_of(is_speech_patch),
+        token_rows=_rows_of(is_speech),
+        read_patches=read[::slots] // slots,
+    )
+    return split, speech_layout, reads
+
+
+def _rows_of(first: Tensor) -> Tensor:
+    """Where each of M things is once those that are marked (M,) have moved to the front."""
+    return torch.where(first, first.cumsum(0) - 1, first.sum() + (~first).cumsum(0) - 1)

@@ -1,7 +1,8 @@
 """The Latent Speech-Text Transformer and its token-level baseline."""
 
-from lst.model.config import ModelConfig, StackConfig
+from lst.model.config import ModelConfig, RopeScaling, StackConfig
 from lst.model.latent import (
+    GlobalTextTransformer,
     LanguageModel,
     LatentSpeechTextTransformer,
     TokenLevelTransformer,
@@ -10,9 +11,11 @@ from lst.model.latent import (
 )
 
 __all__ = [
+    "GlobalTextTransformer",
     "LanguageModel",
     "LatentSpeechTextTransformer",
     "ModelConfig",
+    "RopeScaling",
     "StackConfig",
     "TokenLevelTransformer",
     "build_model",

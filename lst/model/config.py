@@ -14,10 +14,17 @@ class StackConfig:
     layers: int
     dim: int  # width of the residual stream
     heads: int  # attention heads of dim / heads features each
+    kv_heads: int | None = None  # of self-attention, each read by heads / kv_heads; None: as heads
+    hidden: int | None = None  # feed-forward width; None: 8/3 · dim, up to a multiple of 256
 
     def __post_init__(self) -> None:
-        if self.layers < 1 or self.dim < 1 or self.heads < 1:
-            raise UserError(f"model: layers, dim and heads must be positive, got {self}")
+        sizes = (self.layers, self.dim, self.heads, self.num_kv_heads, self.hidden_width)
+        if min(sizes) < 1:
+            raise UserError(f"model: every size of a stack must be positive, got {self}")
+        if self.heads % self.num_kv_heads:
+            raise UserError(
+                f"model: {self.num_kv_heads} heads of keys cannot be shared evenly by {self.heads}"
+            )
         if self.dim % (2 * self.heads):
             raise UserError(
                 f"model: dim {self.dim} does not split into {self.heads} heads of an even size "
@@ -27,6 +34,37 @@ class StackConfig:
     @property
     def head_dim(self) -> int:
         return self.dim // self.heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def hidden_width(self) -> int:
+        return -(-(8 * self.dim // 3) // 256) * 256 if self.hidden is None else self.hidden
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are slowed down for contexts longer than a model was first trained on.
+
+    "linear": all by ``factor``. "llama3": those that turn less than ``low`` times within
+    ``original_length`` positions by ``factor``, those that turn more than ``high`` times not at
+    all, and evenly in between (Llama 3.1).
+    """
+
+    kind: Literal["none", "linear", "llama3"] = "none"
+    factor: float = 1.0
+    low: float = 1.0
+    high: float = 4.0
+    original_length: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.factor <= 0 or self.original_length < 1 or not self.low < self.high:
+            raise UserError(
+                "model: rotary scaling needs factor > 0, original_length >= 1 and low < high, "
+                f"got {self}"
+            )
 
 
 def _paper_local(layers: int) -> StackConfig:
@@ -43,10 +81,14 @@ class ModelConfig:
         default_factory=lambda: StackConfig(layers=25, dim=2048, heads=16)
     )
     decoder: StackConfig = field(default_factory=lambda: _paper_local(9))  # not in "token"
+    text_path: Literal["local", "global"] = "local"  # who embeds and predicts text: everyone, or
+    # the global transformer alone, encoder and decoder seeing speech only; not in "token"
     local_window: int = 512  # tokens that a local layer reads, the query's own counted
     decoder_window: int | None = 512  # patches that a token reads; None: all of its document
     rope_theta: float = 5e5
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)  # of the global transformer
     norm_eps: float = 1e-5
+    tied: bool = False  # the head's weight is the embedding's
 
     def __post_init__(self) -> None:
         if self.encoder.dim != self.decoder.dim:
@@ -72,4 +114,5 @@ class ModelConfig:
             local_window=self.local_window,
             decoder_window=self.decoder_window,
             local=self.architecture == "lst",
+            text_path=self.text_path,
         )

@@ -20,8 +20,11 @@ class GlobalTransformer(nn.Module):
         self.layers = nn.ModuleList(Layer(stack, config.norm_eps) for _ in range(stack.layers))
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
-        layout, stack = batch.layout, self.config.global_transformer
-        by = rotation(layout.patch_positions, stack.head_dim, self.config.rope_theta)
+        config, layout = self.config, batch.layout
+        stack = config.global_transformer
+        by = rotation(
+            layout.patch_positions, stack.head_dim, config.rope_theta, config.rope_scaling
+        )
 
         def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return block_causal_attention(

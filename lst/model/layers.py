@@ -9,6 +9,7 @@ Shapes are packed: T rows (tokens, or patches in the global transformer), no bat
 Nothing here knows which rows may see each other; the attention is handed in.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lst.model.config import StackConfig
+from lst.model.config import RopeScaling, StackConfig
 
-# (q, k, v), each (T, H, D), to the attention's output (T, H, D)
+# (q, k, v), of (T, Hq, D), (T, Hkv, D) and (T, Hkv, D), to the attention's output (T, Hq, D)
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 # fills a weight, in place, with random numbers of a deviation
 Draw = Callable[[Tensor, float], None]
@@ -32,11 +33,28 @@ class Rotation(NamedTuple):
     sin: Tensor
 
 
-def rotation(positions: Tensor, head_dim: int, theta: float) -> Rotation:
-    """Angles of rotary embeddings for ``positions`` (T,): position · theta^(−2i / D)."""
+def rotation(
+    positions: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None
+) -> Rotation:
+    """Angles of rotary embeddings for ``positions`` (T,): position · theta^(−2i / D), scaled."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
-    angles = positions.float()[:, None] * theta ** (-exponents / head_dim)
+    frequencies = theta ** (-exponents / head_dim)
+    if scaling is not None:
+        frequencies = scaled(frequencies, scaling)
+    angles = positions.float()[:, None] * frequencies
     return Rotation(angles.cos()[:, None], angles.sin()[:, None])
+
+
+def scaled(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Rotary ``frequencies`` (D / 2,), radians a position, slowed down as ``scaling`` says."""
+    if scaling.kind == "none":
+        return frequencies
+    slow = frequencies / scaling.factor
+    if scaling.kind == "linear":
+        return slow
+    turns = scaling.original_length * frequencies / (2 * math.pi)
+    kept = ((turns - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)
+    return kept * frequencies + (1 - kept) * slow
 
 
 def rotate(x: Tensor, by: Rotation) -> Tensor:
@@ -46,19 +64,13 @@ def rotate(x: Tensor, by: Rotation) -> Tensor:
     return turned.to(x.dtype)
 
 
-def hidden_width(dim: int) -> int:
-    """Of a feed-forward branch: 8/3 · dim, rounded up to a multiple of 256."""
-    return -(-(8 * dim // 3) // 256) * 256
-
-
 class FeedForward(nn.Module):
-    """SwiGLU with a hidden width of :func:`hidden_width`."""
+    """SwiGLU."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, config: StackConfig) -> None:
         super().__init__()
-        hidden = hidden_width(dim)
-        self.gate_up = nn.Linear(dim, 2 * hidden, bias=False)
-        self.down = nn.Linear(hidden, dim, bias=False)
+        self.gate_up = nn.Linear(config.dim, 2 * config.hidden_width, bias=False)
+        self.down = nn.Linear(config.hidden_width, config.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
@@ -68,14 +80,16 @@ class FeedForward(nn.Module):
 class SelfAttention(nn.Module):
     """Projections around an attention over the rows themselves."""
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, config: StackConfig) -> None:
         super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.output = nn.Linear(dim, dim, bias=False)
+        self.config = config
+        heads = config.heads + 2 * config.num_kv_heads
+        self.qkv = nn.Linear(config.dim, heads * config.head_dim, bias=False)
+        self.output = nn.Linear(config.dim, config.dim, bias=False)
 
     def forward(self, x: Tensor, by: Rotation, attention: Attention) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        heads = (self.config.heads, self.config.num_kv_heads, self.config.num_kv_heads)
+        q, k, v = self.qkv(x).unflatten(-1, (-1, self.config.head_dim)).split(heads, dim=1)
         return self.output(attention(rotate(q, by), rotate(k, by), v).flatten(1))
 
 
@@ -85,9 +99,9 @@ class Layer(nn.Module):
     def __init__(self, config: StackConfig, eps: float) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.dim, eps=eps)
-        self.attention = SelfAttention(config.dim, config.heads)
+        self.attention = SelfAttention(config)
         self.feed_forward_norm = nn.RMSNorm(config.dim, eps=eps)
-        self.feed_forward = FeedForward(config.dim)
+        self.feed_forward = FeedForward(config)
 
     def forward(self, x: Tensor, by: Rotation, attention: Attention) -> Tensor:
         x = x + self.attention(self.attention_norm(x), by, attention)

@@ -8,7 +8,8 @@
         h = self-attention over the sliding window, then SwiGLU
 
 A token reads the slots of the last ``decoder_window`` patches that are readable at it, never those
-of a patch that goes on after it.
+of a patch that goes on after it. T counts the tokens that pass the local modules, P the patches
+that they may read: all, or (``text_path``) speech and what lies before it in its documents.
 """
 
 from torch import Tensor, nn

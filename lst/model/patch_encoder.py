@@ -7,7 +7,8 @@
     u = q + Wo · range_attention(Wq · norm(q), Wk · norm(h), Wv · norm(h))
     patches = S slots side by side             (P, S·d)
 
-A slot reads the tokens of its own patch and nothing else.
+A slot reads the tokens of its own patch and nothing else. T and P count what passes the local
+modules: everything, or speech alone (``text_path``).
 """
 
 from torch import Tensor, nn
@@ -15,17 +16,17 @@ from torch import Tensor, nn
 from lst.data.batch import Batch
 from lst.model.config import ModelConfig
 from lst.model.layers import Attention, Layer, Rotation, rotation
-from lst_kernels import patch_pool, range_attention, sliding_window_attention
+from lst_kernels import PatchLayout, patch_pool, range_attention, sliding_window_attention
 
 
 def token_rotation(batch: Batch, config: ModelConfig, head_dim: int) -> Rotation:
     """Rotary angles of every token, by its position in its document."""
-    return rotation(batch.layout.token_positions, head_dim, config.rope_theta)
+    return rotation(_layout(batch).token_positions, head_dim, config.rope_theta)
 
 
 def token_attention(batch: Batch, config: ModelConfig) -> Attention:
     """Attention of every token to the last ``local_window`` tokens of its document."""
-    layout = batch.layout
+    layout = _layout(batch)
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return sliding_window_attention(
@@ -39,6 +40,11 @@ def token_attention(batch: Batch, config: ModelConfig) -> Attention:
         )
 
     return attention
+
+
+def _layout(batch: Batch) -> PatchLayout:
+    assert batch.local_layout is not None, "the batch was planned for a token-level model"
+    return batch.local_layout
 
 
 class PatchEncoder(nn.Module):
@@ -67,7 +73,7 @@ class PatchEncoder(nn.Module):
         """One vector a patch (P, S·d) from the token states ``h`` (T, d)."""
         stack, slots = self.config.encoder, self.config.slots
         assert batch.encoder_ranges is not None, "the batch was planned for a token-level model"
-        q = self.slot_queries(patch_pool(h, batch.layout, "max")).view(-1, stack.dim)
+        q = self.slot_queries(patch_pool(h, _layout(batch), "max")).view(-1, stack.dim)
         q = q.to(h.dtype)  # the patches' stream keeps the tokens' precision under autocast
         heads = (stack.heads, stack.head_dim)
         k, v = self.key_value(self.token_norm(h)).unflatten(-1, (2, *heads)).unbind(1)

@@ -88,6 +88,96 @@ def test_the_baseline_plans_no_local_modules():
     assert batch.global_ranges.num_keys == batch.layout.num_patches
 
 
+# --- text_path="global": two streams ----------------------------------------------------------
+
+
+SPLIT = dataclasses.replace(PLAN, text_path="global")
+ONLY_TEXT = [make_document(4, 0, id="text"), make_document(2, 0, id="more")]
+
+
+def rows_of(*documents):
+    return [concatenate([patch_document(d, VOCABULARY, Static(size=4))]) for d in documents]
+
+
+@pytest.mark.parametrize("rows", [ROWS, rows_of(*ONLY_TEXT)], ids=["mixed", "text alone"])
+def test_both_streams_together_are_the_stream(rows):
+    batch = make_batch(rows, VOCABULARY, SPLIT, step=0)
+    split, live = batch.split, batch.num_tokens
+    # the speech vocabulary is the joint one without its pieces
+    joint = torch.tensor([*range(5), *range(VOCABULARY.first_unit, VOCABULARY.size)])
+    assert VOCABULARY.speech_size == len(joint)
+    tokens = torch.cat((joint[split.speech_tokens], split.text_tokens))
+    assert torch.equal(tokens[split.token_rows], batch.tokens)
+    none = split.speech_targets < 0
+    ours = torch.where(none, IGNORE, joint[split.speech_targets.clamp(min=0)])
+    targets = torch.cat((ours, split.text_targets))
+    assert torch.equal(targets[split.token_rows], batch.targets)
+    assert VOCABULARY.is_unit(tokens[split.token_rows][:live]).sum() == batch.num_speech_tokens
+    assert (batch.tokens[live:] == PAD).all()
+    assert not VOCABULARY.is_unit(split.text_tokens).any()
+    assert PAD not in split.text_tokens.tolist()
+    # each patch comes from one of the two
+    text = split.patch_rows >= batch.local_layout.num_patches
+    assert torch.equal(text.nonzero().flatten(), split.text_patches)
+    assert split.patch_rows.sort().values.tolist() == list(range(batch.layout.num_patches))
+
+
+@pytest.mark.parametrize("rows", [ROWS, rows_of(*ONLY_TEXT)], ids=["mixed", "text alone"])
+def test_the_dead_tail_is_in_the_stream_of_speech_and_rounds_it_up(rows):
+    batch = make_batch(rows, VOCABULARY, SPLIT, step=0)
+    assert batch.local_layout.num_tokens == 256
+    assert batch.local_layout.num_dead_tokens == batch.layout.num_dead_tokens
+    assert batch.local_layout.num_dead_patches == batch.layout.num_dead_patches == len(rows)
+    dead = batch.local_layout.num_dead_tokens
+    for ranges in (batch.local_ranges, batch.decoder_ranges):
+        assert not ranges.dense_mask()[256 - dead :].any()
+    slots = PLAN.slots * len(rows)
+    assert not batch.encoder_ranges.dense_mask()[-slots:].any()
+    assert not batch.decoder_ranges.dense_mask()[:, -slots:].any()
+
+
+@pytest.mark.parametrize("window", [1, 3, None])
+def test_speech_reads_the_patches_that_it_reads_beside_text(window):
+    plan = dataclasses.replace(SPLIT, decoder_window=window)
+    batch = make_batch(ROWS, VOCABULARY, plan, step=0)
+    whole = make_batch(ROWS, VOCABULARY, dataclasses.replace(plan, text_path="local"), step=0)
+    speech = VOCABULARY.is_unit(batch.tokens)
+    expected = whole.decoder_ranges.dense_mask()[: batch.layout.num_tokens][
+        VOCABULARY.is_unit(whole.tokens)
+    ]
+    read = batch.decoder_ranges.dense_mask()[: int(speech.sum())]
+    slots = (batch.split.read_patches[:, None] * 2 + torch.arange(2)).flatten()
+    assert torch.equal(expected[:, slots], read)
+    unread = torch.ones(expected.shape[1], dtype=torch.bool)
+    unread[slots] = False
+    assert not expected[:, unread].any()
+    live = len(batch.split.read_patches) - len(ROWS)
+    assert read[:, : 2 * live].any(0).all()
+
+
+def test_text_documents_are_read_by_no_speech():
+    documents = [*ONLY_TEXT, make_document(1, 6, id="speech")]
+    batch = pack_documents(documents, VOCABULARY, Static(size=4), SPLIT)
+    first = int(batch.layout.cu_documents[2])
+    # Of <bos> <t> piece <s> and four units, all but <bos>: the window is of three patches. The
+    # last patch, of two units, is readable only after them.
+    assert batch.split.read_patches.tolist() == list(range(first + 1, first + 5))
+    assert batch.local_layout.cu_tokens.tolist() == [0, 0, 0, 6]
+    assert batch.local_layout.token_positions.tolist() == list(range(6))
+
+
+def test_a_piece_after_a_unit_has_no_owner():
+    document = make_document(2, 3)
+    tokens = document.tokens.copy()
+    tokens[-1] = VOCABULARY.first_piece
+    wrong = dataclasses.replace(document, tokens=tokens)
+    with pytest.raises(ValueError, match="speech unit is followed by a text piece"):
+        pack_documents([wrong], VOCABULARY, Static(size=4), SPLIT)
+
+
+# --- the rest ---------------------------------------------------------------------------------
+
+
 def test_counts_are_those_of_the_tokens():
     batch = make_batch(ROWS, VOCABULARY, PLAN, step=0)
     assert batch.num_targets == int((batch.targets != IGNORE).sum())
@@ -108,11 +198,14 @@ def test_documents_for_evaluation_have_no_dead_tail():
     assert batch.record_ids == ("a", "b")
 
 
-def test_a_batch_moves_as_a_whole():
-    here = make_batch(ROWS, VOCABULARY, PLAN, step=3)
+@pytest.mark.parametrize("plan", [PLAN, SPLIT])
+def test_a_batch_moves_as_a_whole(plan):
+    here = make_batch(ROWS, VOCABULARY, plan, step=3)
     batch = here.to("meta")
     assert isinstance(batch, Batch)
-    for part in (batch, batch.layout, batch.encoder_ranges, batch.global_ranges):
+    assert (batch.local_layout is batch.layout) == (plan is PLAN)
+    parts = [batch, batch.layout, batch.local_layout, batch.encoder_ranges, batch.global_ranges]
+    for part in [*parts, batch.split] if plan is SPLIT else parts:
         tensors = [value for value in vars(part).values() if isinstance(value, torch.Tensor)]
         assert tensors
         assert all(tensor.device.type == "meta" for tensor in tensors)

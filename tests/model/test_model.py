@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lst.data.batch import pack_documents
+from lst.data.batch import make_batch, pack_documents
 from lst.data.interleave import Document
+from lst.data.packing import patch_document
 from lst.data.patching import Aligned, NoPatching, Static, patch_lengths
 from lst.errors import UserError
-from lst.model import ModelConfig, StackConfig, build_model, count_parameters
+from lst.model import ModelConfig, RopeScaling, StackConfig, build_model, count_parameters
 from lst.model.layers import token_losses
 from lst.vocabulary import BOS, EOS, SPEECH, TEXT, Vocabulary
 
@@ -38,6 +39,17 @@ def small_config(**changes) -> ModelConfig:
         decoder_window=4,
     )
     return replace(config, **changes)
+
+
+def config_of(architecture, text_path, slots, decoder_window) -> ModelConfig:
+    local = StackConfig(layers=1, dim=WIDTHS[slots], heads=2)
+    return small_config(
+        architecture=architecture,
+        text_path=text_path,
+        encoder=local,
+        decoder=replace(local, layers=2),
+        decoder_window=decoder_window,
+    )
 
 
 def model_of(config: ModelConfig, seed: int = 0):
@@ -82,16 +94,24 @@ def logits(model, docs, strategy) -> torch.Tensor:
         return model.logits(pack_documents(docs, VOCABULARY, strategy, model.config.plan()))
 
 
-ARCHITECTURES = [("lst", name) for name in STRATEGIES] + [("token", "none")]
+# (architecture, text_path, patching): every kind of model with every way to patch for it
+MODELS = [("lst", path, name) for path in ("local", "global") for name in STRATEGIES]
+MODELS += [("token", "local", "none")]
+WIDTHS = {1: 32, 2: 16}  # of the local modules, by slots
 
 
 @pytest.mark.parametrize("decoder_window", [1, 4, None])
-@pytest.mark.parametrize(("architecture", "name"), ARCHITECTURES)
-def test_no_token_moves_an_earlier_or_a_foreign_logit(architecture, name, decoder_window):
+@pytest.mark.parametrize("slots", WIDTHS)
+@pytest.mark.parametrize(("architecture", "text_path", "name"), MODELS)
+def test_no_token_moves_an_earlier_or_a_foreign_logit(
+    architecture, text_path, name, slots, decoder_window
+):
     """Each token of a stream replaced in turn by each kind of token, the changed stream patched
     anew. All changed streams lie in one batch, so a leak between documents would show too."""
-    model = model_of(small_config(architecture=architecture, decoder_window=decoder_window))
-    docs, strategy = documents(), STRATEGIES[name]
+    model = model_of(config_of(architecture, text_path, slots, decoder_window))
+    # Without targets: where text belongs to the global transformer, a piece after a unit has none.
+    docs = [replace(d, score_from=len(d.tokens), score_eos=False) for d in documents()]
+    strategy = STRATEGIES[name]
     before = logits(model, docs, strategy)
     kinds = [SPEECH, TEXT, EOS, VOCABULARY.first_piece + 1, VOCABULARY.first_unit + 1]
     changes = [
@@ -107,7 +127,7 @@ def test_no_token_moves_an_earlier_or_a_foreign_logit(architecture, name, decode
         tokens[t] = new
         streams += [*docs[:d], replace(docs[d], tokens=tokens), *docs[d + 1 :]]
     after = logits(model, streams, strategy).view(len(changes), *before.shape)
-    moved = (after - before).abs().amax(-1) > 1e-12
+    moved = (after.exp() - before.exp()).abs().amax(-1) > 1e-12  # exp: some are −inf
     starts = np.cumsum([0] + [len(document.tokens) for document in docs])
     for (d, t, new), rows in zip(changes, moved, strict=True):
         assert not rows[: starts[d] + t].any(), f"document {d}, token {t} → {new}: earlier moved"
@@ -115,9 +135,12 @@ def test_no_token_moves_an_earlier_or_a_foreign_logit(architecture, name, decode
         assert rows[starts[d] + t], f"document {d}, token {t} → {new}: nothing moved"
 
 
-@pytest.mark.parametrize(("architecture", "name"), ARCHITECTURES)
-def test_logits_do_not_depend_on_the_company(architecture, name):
-    model, docs = model_of(small_config(architecture=architecture)), documents()
+@pytest.mark.parametrize("decoder_window", [1, 4, None])
+@pytest.mark.parametrize("slots", WIDTHS)
+@pytest.mark.parametrize(("architecture", "text_path", "name"), MODELS)
+def test_logits_do_not_depend_on_the_company(architecture, text_path, name, slots, decoder_window):
+    model = model_of(config_of(architecture, text_path, slots, decoder_window))
+    docs = documents()
     together = logits(model, docs[::-1] + docs, STRATEGIES[name])
     alone = torch.cat([logits(model, [document], STRATEGIES[name]) for document in docs])
     torch.testing.assert_close(together[-len(alone) :], alone, atol=1e-12, rtol=0)
@@ -159,9 +182,11 @@ def dense(q, k, v, mask):
 
 
 def layer(x, module, mask, theta):
-    heads = module.attention.heads
+    stack = module.attention.config
     qkv = norm(x, module.attention_norm) @ module.attention.qkv.weight.T
-    q, k, v = qkv.view(len(x), 3, heads, -1).unbind(1)
+    heads = (stack.heads, stack.num_kv_heads, stack.num_kv_heads)
+    q, k, v = qkv.view(len(x), sum(heads), stack.head_dim).split(heads, 1)
+    k, v = (part.repeat_interleave(stack.heads // stack.num_kv_heads, 1) for part in (k, v))
     positions = torch.arange(len(x))
     out = dense(turn(q, positions, theta), turn(k, positions, theta), v, mask)
     x = x + out @ module.attention.output.weight.T
@@ -181,27 +206,44 @@ def oracle_logits(model, document, strategy):
     stops = np.cumsum(lengths)
     T, P, S = len(tokens), len(lengths), config.slots
     t, p = torch.arange(T), torch.arange(P)
-    x = model.embedding.weight[tokens]
     causal = p[:, None] >= p[None]
     if config.architecture == "token":
+        x = model.embedding.weight[tokens]
         for module in model.global_transformer.layers:
             x = layer(x, module, causal, theta)
         return norm(x, model.norm) @ model.head.weight.T
-    window = (t[:, None] >= t[None]) & (t[:, None] - t[None] < config.local_window)
+
+    # which tokens and which patches pass the local modules, and the rows of their embeddings
+    split = config.text_path == "global"
+    mine = VOCABULARY.is_unit(tokens) if split else torch.ones(T, dtype=torch.bool)
+    patched = mine[torch.from_numpy(stops - 1)]
+    rows = tokens - VOCABULARY.num_pieces * VOCABULARY.is_unit(tokens) if split else tokens
+    x = (model.speech_embedding if split else model.embedding).weight[rows[mine]]
+
+    n = torch.arange(len(x))
+    window = (n[:, None] >= n[None]) & (n[:, None] - n[None] < config.local_window)
     encoder, decoder, heads = model.encoder, model.decoder, config.encoder.heads
     for module in encoder.layers:
         x = layer(x, module, window, theta)
-    pooled = torch.stack([x[a:b].amax(0) for a, b in zip(stops - lengths, stops, strict=True)])
-    q = (pooled @ encoder.slot_queries.weight.T).view(P * S, -1)
-    owner = torch.from_numpy(np.repeat(np.arange(P), lengths))
-    k, v = (
-        (norm(x, encoder.token_norm) @ encoder.key_value.weight.T).view(T, 2, heads, -1).unbind(1)
-    )
-    queries = (norm(q, encoder.query_norm) @ encoder.query.weight.T).view(P * S, heads, -1)
-    own = p.repeat_interleave(S)[:, None] == owner[None]
-    z = (q + dense(queries, k, v, own) @ encoder.output.weight.T).view(P, -1)
+    owner = torch.from_numpy(np.repeat(np.arange(P), lengths))[mine]
+    local = p[patched]
+    if len(local):
+        pooled = torch.stack([x[owner == patch].amax(0) for patch in local])
+        q = (pooled @ encoder.slot_queries.weight.T).view(len(local) * S, -1)
+        k, v = (norm(x, encoder.token_norm) @ encoder.key_value.weight.T).chunk(2, -1)
+        k, v = (part.unflatten(-1, (heads, -1)) for part in (k, v))
+        queries = (norm(q, encoder.query_norm) @ encoder.query.weight.T).unflatten(-1, (heads, -1))
+        own = local.repeat_interleave(S)[:, None] == owner[None]
+        u = (q + dense(queries, k, v, own) @ encoder.output.weight.T).view(len(local), -1)
+    z = torch.zeros(P, config.global_transformer.dim, dtype=torch.float64)
+    for patch in range(P):
+        if patched[patch]:
+            z[patch] = u[int(patched[:patch].sum())]
+        else:
+            z[patch] = model.embedding.weight[tokens[stops[patch] - 1]]
     for module in model.global_transformer.layers:
         z = layer(z, module, causal, theta)
+
     readable_from = torch.from_numpy(stops - 1 + late)
     read = (readable_from[None] <= t[:, None]) & (
         readable_from.new_tensor([(readable_from <= i).sum() for i in range(T)])[:, None] - p[None]
@@ -211,16 +253,34 @@ def oracle_logits(model, document, strategy):
     slots = norm(z.view(P * S, -1), decoder.patch_norm)
     kv = (slots @ decoder.key_value.weight.T).view(P * S, len(decoder.layers), 2, heads, -1)
     for i, module in enumerate(decoder.layers):
-        q = (norm(x, module.cross_norm) @ module.cross_query.weight.T).view(T, heads, -1)
-        out = dense(q, kv[:, i, 0], kv[:, i, 1], read.repeat_interleave(S, 1))
+        q = (norm(x, module.cross_norm) @ module.cross_query.weight.T).unflatten(-1, (heads, -1))
+        out = dense(q, kv[:, i, 0], kv[:, i, 1], read[mine].repeat_interleave(S, 1))
         x = layer(x + out @ module.cross_output.weight.T, module.layer, window, theta)
-    return norm(x, model.norm) @ model.head.weight.T
+    if not split:
+        return norm(x, model.norm) @ model.head.weight.T
+    expected = torch.full((T, VOCABULARY.size), -torch.inf, dtype=torch.float64)
+    expected[~mine] = norm(z[~patched], model.norm) @ model.head.weight.T
+    spoken = norm(x, model.speech_norm) @ model.speech_head.weight.T
+    ids = torch.tensor([*range(5), *range(VOCABULARY.first_unit, VOCABULARY.size)])
+    expected[mine.nonzero(), ids] = spoken
+    return expected
 
 
 @pytest.mark.parametrize("decoder_window", [1, 4, None])
-@pytest.mark.parametrize(("architecture", "name"), ARCHITECTURES)
-def test_logits_follow_the_equations(architecture, name, decoder_window):
-    check_equations(small_config(architecture=architecture, decoder_window=decoder_window), name)
+@pytest.mark.parametrize("slots", WIDTHS)
+@pytest.mark.parametrize(("architecture", "text_path", "name"), MODELS)
+def test_logits_follow_the_equations(architecture, text_path, name, slots, decoder_window):
+    check_equations(config_of(architecture, text_path, slots, decoder_window), name)
+
+
+@pytest.mark.parametrize("text_path", ["local", "global"])
+def test_heads_of_keys_may_be_shared_and_the_feed_forward_of_any_width(text_path):
+    large = StackConfig(layers=2, dim=32, heads=4, kv_heads=2, hidden=40)
+    local = StackConfig(layers=1, dim=16, heads=4, kv_heads=1, hidden=24)
+    check_equations(
+        small_config(text_path=text_path, global_transformer=large, encoder=local, decoder=local),
+        "static",
+    )
 
 
 def test_encoder_and_decoder_may_differ_in_heads():
@@ -256,26 +316,84 @@ def test_chunked_losses_and_gradients_equal_those_of_all_logits_at_once():
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("architecture", ["lst", "token"])
-def test_the_stream_stays_float32_under_autocast(architecture):
-    model = model_of(small_config(architecture=architecture)).float()
+@pytest.mark.parametrize(
+    ("architecture", "text_path"), [("lst", "local"), ("lst", "global"), ("token", "local")]
+)
+def test_the_stream_stays_float32_under_autocast(architecture, text_path):
+    model = model_of(small_config(architecture=architecture, text_path=text_path)).float()
     seen = []
     model.global_transformer.register_forward_hook(lambda _, inputs, z: seen.append(z.dtype))
     strategy = Static(size=3) if architecture == "lst" else NoPatching()
     batch = pack_documents(documents(), VOCABULARY, strategy, model.config.plan())
     with torch.autocast("cpu", torch.bfloat16):
         states = model.states(batch)
-    assert states.dtype == torch.float32
+    for state in states if text_path == "global" else [states]:
+        assert state.dtype == torch.float32
     assert seen == [torch.float32]
 
 
-def test_forward_is_the_loss_of_the_logits():
-    model = model_of(small_config())
+@pytest.mark.parametrize("text_path", ["local", "global"])
+def test_forward_is_the_loss_of_the_logits(text_path):
+    model = model_of(small_config(text_path=text_path))
     batch = pack_documents(documents(), VOCABULARY, Static(size=3), model.config.plan())
     expected = F.cross_entropy(
         model.logits(batch).float(), batch.targets, ignore_index=-100, reduction="none"
     )
     torch.testing.assert_close(model(batch), expected)
+
+
+@pytest.mark.parametrize("text_path", ["local", "global"])
+@pytest.mark.parametrize("spans", [[9], [0, 11]], ids=["text alone", "speech alone"])
+@pytest.mark.parametrize("dead_tail", [True, False])
+def test_every_parameter_gets_a_finite_gradient(text_path, spans, dead_tail):
+    """Also where a batch holds no speech: ranks that add up gradients wait for each of them."""
+    model = model_of(small_config(text_path=text_path))
+    document = make_document(np.random.default_rng(0), spans, "a")
+    if dead_tail:
+        row = patch_document(document, VOCABULARY, Static(size=3))
+        batch = make_batch([row, row], VOCABULARY, model.config.plan(), step=0)
+    else:
+        batch = pack_documents([document], VOCABULARY, Static(size=3), model.config.plan())
+    model(batch).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+    assert model.global_transformer.layers[0].attention.qkv.weight.grad.any()
+
+
+@pytest.mark.parametrize("text_path", ["local", "global"])
+def test_the_dead_tail_changes_no_loss(text_path):
+    model, docs = model_of(small_config(text_path=text_path)), documents()
+    rows = [patch_document(document, VOCABULARY, Static(size=3)) for document in docs]
+    plan = model.config.plan()
+    with torch.no_grad():
+        training = model(make_batch(rows, VOCABULARY, plan, step=0))
+        whole = model(pack_documents(docs, VOCABULARY, Static(size=3), plan))
+    torch.testing.assert_close(training[: len(whole)], whole)
+    assert (training[len(whole) :] == 0).all()
+
+
+@pytest.mark.parametrize("text_path", ["local", "global"])
+def test_a_tied_head_is_the_embedding(text_path):
+    model = model_of(small_config(text_path=text_path, tied=True))
+    assert model.head.weight is model.embedding.weight
+    counts = count_parameters(model)
+    assert counts["head"] == 0
+    assert counts["total"] == sum(parameter.numel() for parameter in model.parameters())
+    check_equations(model.config, "static")
+
+
+def test_text_alone_is_read_by_the_global_transformer_alone():
+    """As in any language model of text: nothing else has a weight in it."""
+    model = model_of(small_config(text_path="global"))
+    tokens = np.array([BOS, *VOCABULARY.piece_to_id(np.arange(9)), EOS], np.int32)
+    text = replace(make_document(np.random.default_rng(0), [1], "a"), tokens=tokens)
+    before = logits(model, [text], Static(size=3))
+    with torch.no_grad():
+        for name in ("encoder", "decoder", "speech_embedding", "speech_norm", "speech_head"):
+            for parameter in getattr(model, name).parameters():
+                parameter.fill_(torch.nan)
+    torch.testing.assert_close(logits(model, [text], Static(size=3)), before)
 
 
 def test_the_paper_sizes_are_those_of_table_7():
@@ -293,6 +411,8 @@ def test_the_paper_sizes_are_those_of_table_7():
     [
         ({"dim": 30, "heads": 4}, "does not split into 4 heads"),
         ({"layers": 0}, "must be positive"),
+        ({"hidden": 0}, "must be positive"),
+        ({"heads": 4, "kv_heads": 3}, "3 heads of keys cannot be shared evenly by 4"),
     ],
 )
 def test_impossible_stacks_are_refused(changes, message):
@@ -303,5 +423,7 @@ def test_impossible_stacks_are_refused(changes, message):
 def test_widths_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match="multiple of 16"):
         small_config(global_transformer=StackConfig(layers=1, dim=40, heads=2))
+    with pytest.raises(UserError, match="rotary scaling needs factor > 0"):
+        RopeScaling(kind="linear", factor=0)
     with pytest.raises(UserError, match="widths must agree"):
         small_config(decoder=StackConfig(layers=1, dim=32, heads=2))

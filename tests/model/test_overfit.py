@@ -15,15 +15,16 @@ LIMIT, MAX_STEPS = 0.1, 400  # nats a token
 
 
 @pytest.mark.parametrize(
-    ("architecture", "strategy"),
+    ("architecture", "text_path", "strategy"),
     [
-        ("lst", Static(size=4)),
-        ("lst", Aligned(silence="separate")),
-        ("token", NoPatching()),
+        ("lst", "local", Static(size=4)),
+        ("lst", "local", Aligned(silence="separate")),
+        ("lst", "global", Static(size=4)),
+        ("token", "local", NoPatching()),
     ],
-    ids=["static", "aligned", "token"],
+    ids=["static", "aligned", "global text", "token"],
 )
-def test_one_layer_each_overfits_twenty_records(tiny_corpus, architecture, strategy):
+def test_one_layer_each_overfits_twenty_records(tiny_corpus, architecture, text_path, strategy):
     tokenizer = Tokenizer.load(tiny_corpus / "tokenizer.model")
     vocabulary = Vocabulary(num_pieces=tokenizer.num_pieces, num_units=501)
     rng = np.random.default_rng(0)
@@ -38,6 +39,7 @@ def test_one_layer_each_overfits_twenty_records(tiny_corpus, architecture, strat
     documents = [record_document(record, vocabulary, tokenizer, rng) for record in records]
     config = ModelConfig(
         architecture=architecture,
+        text_path=text_path,
         encoder=StackConfig(layers=1, dim=64, heads=2),
         global_transformer=StackConfig(layers=1, dim=128, heads=2),
         decoder=StackConfig(layers=1, dim=64, heads=2),
