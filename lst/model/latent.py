@@ -39,7 +39,6 @@ from lst.model.patch_decoder import PatchDecoder
 from lst.model.patch_encoder import PatchEncoder
 from lst.vocabulary import Vocabulary
 
-
 PARTS = (  # of any model, in the order of the forward pass
     "embedding",
     "speech_embedding",
@@ -62,8 +61,16 @@ class LanguageModel(nn.Module, ABC):
         self.embedding = nn.Embedding(vocabulary.size, dim)
         self.norm = nn.RMSNorm(dim, eps=config.norm_eps)
         self.head = nn.Linear(dim, vocabulary.size, bias=False)
-        if config.tied:
+        self.tie()
+
+    def tie(self) -> None:
+        """Make the two weights one again after ``to_empty``, which gives each memory of its own."""
+        if self.config.tied:
             self.head.weight = self.embedding.weight
+
+    def weights(self) -> dict[str, Tensor]:
+        """Every weight by its name, one that is tied only once."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
 
     def initialise(self, draw: Draw = truncated_normal) -> None:
         """Give every weight its first value; ``draw`` may know of weights that ranks share."""

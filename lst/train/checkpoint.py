@@ -3,7 +3,7 @@
 ::
 
     checkpoints/step-00000100/
-        model/model.safetensors     the weights, whole, by the names of model.state_dict()
+        model/model.safetensors     the weights, whole, by the names of model.weights()
         optimizer/*.safetensors     AdamW's moments, a file for every rank that wrote some
         config.json                 the run's configuration
         tokenizer.model             or tokenizer.json
@@ -91,7 +91,7 @@ def save_checkpoint(
 
     Args:
         state: ``lanes`` are the rank's own; those of all ranks are written.
-        weights, moments: of ``model.state_dict()`` and :func:`optimizer_tensors`. Of a DTensor
+        weights, moments: of ``model.weights()`` and :func:`optimizer_tensors`. Of a DTensor
             every rank writes its part; of another tensor one rank writes all.
 
     Returns:
@@ -328,7 +328,7 @@ def load_tensors(
     folder: Path, model: LanguageModel, optimizer: torch.optim.Optimizer | None = None
 ) -> None:
     """Fill the weights, and the optimizer's moments, in place from a complete checkpoint."""
-    _load_tensors(folder / MODEL, model.state_dict())
+    _load_tensors(folder / MODEL, model.weights())
     if optimizer is not None:
         _load_tensors(folder / OPTIMIZER, optimizer_tensors(model, optimizer))
 

@@ -81,7 +81,7 @@ class Checkpointer:
         """Copy all that a checkpoint holds and begin to write it; wait for one still under way."""
         self._settle(retry=state.step)
         self._step, self._retry = state.step, None
-        weights = host_copy(model.state_dict())
+        weights = host_copy(model.weights())
         moments = host_copy(optimizer_tensors(model, optimizer))
         self._save = Save(step=state.step)
         # A daemon: Ctrl-C, pressed again, does not wait for a disk that hangs.

@@ -38,7 +38,7 @@ from lst.train.distributed import SharedError, World, processes_of_a_machine
 DDP_PARAMETERS = 10**9
 
 
-def parallelise(model: nn.Module, config: TrainConfig, world: World) -> nn.Module:
+def parallelise(model: LanguageModel, config: TrainConfig, world: World) -> nn.Module:
     """Bring ``model`` to the device, shared as ``config.parallel`` says; every rank calls it.
 
     A model on the meta device gets memory for the rank's own part alone, which
@@ -56,6 +56,7 @@ def parallelise(model: nn.Module, config: TrainConfig, world: World) -> nn.Modul
         _shard(model, config, make_mesh(strategy, config.parallel, world))
     if any(parameter.is_meta for parameter in model.parameters()):
         model.to_empty(device=world.device)
+        model.tie()
     model.to(world.device)
     if strategy == "ddp":
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
