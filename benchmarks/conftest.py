@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.machine import describe_machine, file_stem
+from lst.machine import describe_machine, file_stem
 
 HEADER = ("case", "ours", "peer", "peer's", "ratio", "at least", "")
 

@@ -14,8 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import describe_machine, file_stem
 from lst.errors import UserError, run_command
+from lst.machine import describe_machine, file_stem
 from lst.presets import PRESETS
 from lst.train.loop import train
 

@@ -60,7 +60,6 @@ from benchmarks.gpu_checks import (
     run_suite,
 )
 from benchmarks.gpu_measure import Report, Run, Timer, Timing, one_line
-from benchmarks.machine import describe_machine, file_stem
 from benchmarks.shapes import (
     FEATURES,
     LAYOUTS,
@@ -73,6 +72,7 @@ from benchmarks.shapes import (
     encoder_cases,
     static_layout,
 )
+from lst.machine import describe_machine, file_stem
 from lst_kernels import KeyRanges, PatchLayout, flash, patch_expand, patch_pool, range_attention
 
 TOKENS = 65_536

@@ -28,11 +28,11 @@ import numpy as np
 import torch
 
 import lst_kernels
-from benchmarks.machine import describe_machine, file_stem
 from lst.data.batch import Batch, make_batch, pack_documents
 from lst.data.interleave import Document
 from lst.data.packing import Packed, concatenate, patch_document, take
 from lst.data.patching import NoPatching, Static, Strategy
+from lst.machine import describe_machine, file_stem
 from lst.model import ModelConfig, StackConfig, build_model, count_parameters
 from lst.presets import PRESETS
 from lst.train.loop import train
