@@ -90,5 +90,7 @@ class _Lanes(IterableDataset[Any]):
 
 
 def _leave_interrupts_to_the_parent(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; a run that finishes its step needs its rows."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ctrl-C reaches every process of a terminal, scancel every process of a job; a run that
+    finishes its step needs its rows."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

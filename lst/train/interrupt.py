@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM ask a run to stop after its step; they do not tear it down."""
+"""Ctrl-C, SIGTERM and SIGUSR1 ask a run to stop after its step; they do not tear it down."""
 
 import signal
 import threading
@@ -6,8 +6,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
+import torch
+
+from lst.train.distributed import World
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 PATIENCE = 2.0  # seconds; torchrun passes on a Ctrl-C that the terminal has already delivered
+
+
+class Stopped(Exception):
+    """A run ends as it was asked to, with nothing left to save."""
 
 
 class Interrupt:
@@ -20,6 +30,16 @@ class Interrupt:
     def __bool__(self) -> bool:
         return self.signal is not None
 
+    def poll(self, step: int, world: World) -> None:
+        """Every rank calls it; where one was asked to stop, every rank raises Stopped."""
+        if world.sum(torch.tensor(int(bool(self)))):
+            self.stop(step, world)
+
+    def stop(self, step: int, world: World) -> NoReturn:
+        """Stop after ``step`` on every rank alike, one of which was asked to."""
+        self.signal = next(name for name in world.gather(self.signal) if name is not None)
+        raise Stopped(f"{self.signal}: stopped after step {step}")
+
     def receive(self, number: int, _: FrameType | None) -> None:
         """The first asks; a second Ctrl-C, a while after the first, means now."""
         if self.signal is None:
@@ -31,12 +51,12 @@ class Interrupt:
 
 @contextmanager
 def catch_signals() -> Iterator[Interrupt]:
-    """Receive SIGINT and SIGTERM in the block; afterwards their handlers are as before."""
+    """Receive SIGINT, SIGTERM and SIGUSR1 in the block; afterwards their handlers are as before."""
     interrupt = Interrupt()
     if threading.current_thread() is not threading.main_thread():  # only it may set handlers
         yield interrupt
         return
-    before = {n: signal.signal(n, interrupt.receive) for n in (signal.SIGINT, signal.SIGTERM)}
+    before = {n: signal.signal(n, interrupt.receive) for n in SIGNALS}
     try:
         yield interrupt
     finally:

@@ -32,12 +32,13 @@ from lst.train.checkpointer import Checkpointer
 from lst.train.config import TrainConfig, check_same_run, read_config
 from lst.train.corpus import Corpus, check_same_data, open_corpus
 from lst.train.distributed import SharedError, World, start_world
-from lst.train.interrupt import Interrupt, catch_signals
+from lst.train.interrupt import Interrupt, Stopped, catch_signals
 from lst.train.metrics import Loss, MetricsLog, StepTimes
 from lst.train.mfu import describe, find_peak
 from lst.train.optimizer import build_optimizer, learning_rate, set_learning_rate
 from lst.train.parallel import clip_gradients, gathered, initialise_weights, parallelise
 from lst.train.run_folder import CONFIG, create_run
+from lst.train.status import Status
 from lst.train.step import backward, global_counts, read_step, rehearse
 from lst.train.stories import complete_stories
 from lst.train.validation import validate
@@ -57,6 +58,7 @@ class Run:
     parallel: nn.Module  # model, as its passes are made
     optimizer: torch.optim.Optimizer
     log: MetricsLog
+    status: Status
     state: State
     checkpoints: Checkpointer
 
@@ -64,31 +66,42 @@ class Run:
 def train(config: TrainConfig, *, resume: bool = False) -> None:
     """Train from the start, or go on with the run in ``config.out`` from its newest checkpoint.
 
-    Under ``torchrun`` every rank calls this. SIGINT and SIGTERM let the step under way finish,
-    write a checkpoint and return.
+    Under ``torchrun`` every rank calls this. SIGINT, SIGTERM and SIGUSR1 let the step under way
+    finish, write a checkpoint and return; before the first step they end the run at once.
 
     Raises:
         UserError: whatever the user can mend; every rank raises it.
     """
+    with catch_signals() as interrupt, Status(config, interrupt) as status:
+        if resume:
+            status.begin()
+        with start_world(config.device) as world:
+            try:
+                work(config, world, status, interrupt, resume=resume)
+            except Stopped as stopped:
+                status.stopped()
+                if world.is_main:
+                    go_on = f"python -m lst.train --resume {config.out}"
+                    print(f"{stopped}; go on by: {go_on}", flush=True)
+
+
+def work(
+    config: TrainConfig, world: World, status: Status, interrupt: Interrupt, *, resume: bool
+) -> None:
+    """What one rank does. Raises Stopped on every rank where one was asked to stop."""
     with ExitStack() as stack:
-        world = stack.enter_context(start_world(config.device))
-        with catch_signals() as interrupt:
-            run = prepare(config, world, resume=resume)
-            stack.callback(run.log.close)
-            stack.callback(run.checkpoints.close)
-            take_steps(run, interrupt)
-        if run.state.step < config.steps:
-            run.log.plot()  # a run that ends has drawn them with its last validation
-            run.log.say(
-                f"{interrupt.signal}: stopped after step {run.state.step}; "
-                f"go on by: python -m lst.train --resume {config.out}"
-            )
-        elif config.evaluate:
+        run = prepare(config, world, status, interrupt, resume=resume)
+        stack.callback(run.log.close)
+        stack.callback(run.checkpoints.close)
+        take_steps(run, interrupt)
+        if config.evaluate:
             with gathered(run.model):
-                complete_stories(config, run.corpus, run.model, run.log, world)
+                complete_stories(config, run.corpus, run.model, run.log, interrupt, world)
 
 
-def prepare(config: TrainConfig, world: World, *, resume: bool) -> Run:
+def prepare(
+    config: TrainConfig, world: World, status: Status, interrupt: Interrupt, *, resume: bool
+) -> Run:
     """Open the data, build the model, and fill it from the newest checkpoint when resuming."""
     checkpoint = find_resumed(config, world) if resume else None
     with world.together():
@@ -112,6 +125,7 @@ def prepare(config: TrainConfig, world: World, *, resume: bool) -> Run:
             accumulation=config.accumulation,
             states=state.lanes or None,
         )
+    interrupt.poll(state.step, world)
     with torch.device("meta"):  # no rank need ever hold all of a large model
         model = build_model(config.model, corpus.vocabulary)
     parallel = parallelise(model, config, world)
@@ -123,6 +137,7 @@ def prepare(config: TrainConfig, world: World, *, resume: bool) -> Run:
             initialise_weights(model, config.seed)
             if world.is_main and not resume:
                 create_run(config)
+                status.begin()
         peak = find_peak(world.device, config.peak_tflops)
         log = MetricsLog(
             config,
@@ -145,6 +160,7 @@ def prepare(config: TrainConfig, world: World, *, resume: bool) -> Run:
         parallel=parallel,
         optimizer=optimizer,
         log=log,
+        status=status,
         state=state,
         checkpoints=Checkpointer(
             config, corpus.tokenizer, world, resumed=(checkpoint, state.step), say=log.say
@@ -185,8 +201,13 @@ def take_steps(run: Run, interrupt: Interrupt) -> None:
             log.sync()
             run.state = replace(run.state, seconds=log.seconds)
             run.checkpoints.save(run.state, model, run.optimizer)
+        run.status.running(step, run.checkpoints.saved)
         if last:
             run.checkpoints.finish()
+            run.status.running(step, run.checkpoints.saved)
+            if stop:
+                log.plot()  # a run that ends has drawn them with its last validation
+                interrupt.stop(step, world)
             return
 
         started = time.perf_counter()
@@ -195,7 +216,9 @@ def take_steps(run: Run, interrupt: Interrupt) -> None:
             micro_batches, lanes = next(batches)
         waited = time.perf_counter() - started
         if step == first_step + 1:
+            interrupt.poll(first_step, world)
             rehearse(run.parallel, micro_batches, precision=config.precision, world=world)
+            interrupt.poll(first_step, world)
         counts = global_counts(micro_batches, world)
         lr = learning_rate(step, config.optimizer, config.steps)
         set_learning_rate(run.optimizer, lr)

@@ -3,6 +3,7 @@
 ::
 
     config.json                     what was run
+    status.json                     how it stands (status.py)
     metrics.jsonl  events.jsonl  tensorboard/  loss.png
     checkpoints/step-00000100/      see checkpoint.py
     story_completion.json  .md      at the end
@@ -18,6 +19,7 @@ from lst.errors import UserError
 from lst.train.config import TrainConfig, read_config, to_json
 
 CONFIG = "config.json"
+STATUS = "status.json"
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
 WANDB_ID = "wandb-id"
@@ -27,6 +29,7 @@ LOSS_PLOT = "loss.png"
 STORIES = "story_completion"
 CONTENTS = (
     CONFIG,
+    STATUS,
     METRICS,
     EVENTS,
     WANDB_ID,

@@ -153,8 +153,9 @@ def test_a_killed_run_goes_on_as_if_it_had_not_stopped(
 
 
 @pytest.mark.usefixtures("undrawn")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("step", [3, 5])
+@pytest.mark.parametrize(
+    ("number", "step"), [(signal.SIGINT, 5), (signal.SIGTERM, 3), (signal.SIGUSR1, 5)]
+)
 def test_a_signal_lets_the_step_finish_and_the_run_goes_on(
     tiny: Tiny,
     monkeypatch: pytest.MonkeyPatch,

@@ -1,0 +1,191 @@
+"""``status.json`` tells a script what to do next, however a run ends; signals end it in order."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lst.train.loop as loop
+from lst.errors import UserError
+from lst.train.config import TrainConfig, to_json
+from lst.train.loop import train
+
+Tiny = Callable[..., TrainConfig]
+SECONDS = 120  # that a command may take before its test fails
+pytestmark = pytest.mark.usefixtures("undrawn")
+
+
+def status(config: TrainConfig) -> dict[str, Any]:
+    return json.loads((config.out / "status.json").read_text())
+
+
+def ask(number: signal.Signals = signal.SIGTERM) -> None:
+    os.kill(os.getpid(), number)
+
+
+def before(function: Any, action: Callable[[], None]) -> Any:
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        action()
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
+def test_a_run_that_ends_is_finished(tiny: Tiny) -> None:
+    config = tiny(steps=3)
+    train(config)
+    got = status(config)
+    times = [datetime.strptime(got.pop(key), "%Y-%m-%dT%H:%M:%SZ") for key in ("started", "time")]
+    now = datetime.now(UTC).replace(tzinfo=None)
+    assert times[0] <= times[1] <= now
+    assert (now - times[0]).total_seconds() < SECONDS
+    assert got.pop("host")
+    assert got == {
+        "state": "finished",
+        "reason": None,
+        "signal": None,
+        "step": 3,
+        "steps": 3,
+        "checkpoint": "checkpoints/step-00000003",
+        "processes": 1,
+        "pid": os.getpid(),
+    }
+
+
+def test_a_run_under_way_is_running(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, seen = tiny(steps=5), []
+    monkeypatch.setattr(
+        loop, "backward", before(loop.backward, lambda: seen.append(status(config)))
+    )
+    train(config)
+    assert {each["state"] for each in seen} == {"running"}
+    # Written where there is a new checkpoint, which is written in the background.
+    assert seen[0]["checkpoint"] is None
+    assert seen[-1]["step"] in (2, 3, 4)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("where", ["open_corpus", "parallelise", "rehearse"])
+def test_a_signal_before_the_first_step_ends_the_run_at_once_and_it_can_go_on(
+    tiny: Tiny,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+    where: str,
+) -> None:
+    config = tiny(steps=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, where, before(getattr(loop, where), lambda: ask(number)))
+        patch.setattr(loop, "backward", lambda *_, **__: pytest.fail("a step was taken"))
+        train(config)
+    assert f"{number.name}: stopped after step 0; go on by: " in capsys.readouterr().out
+    if where == "open_corpus":  # before there is a folder
+        assert not config.out.exists()
+        train(config)
+    else:
+        got = status(config)
+        assert (got["state"], got["signal"], got["step"]) == ("stopped", number.name, 0)
+        assert got["checkpoint"] is None
+        train(config, resume=True)
+    assert status(config)["state"] == "finished"
+
+
+def test_a_signal_while_stories_are_completed_stops_and_they_are_when_resumed(
+    tiny: Tiny, stories: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import lst.train.stories as module
+
+    config = tiny(steps=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "story_completion", before(module.story_completion, ask))
+        train(config)
+    got = status(config)
+    assert (got["state"], got["step"], got["steps"]) == ("stopped", 2, 2)
+    assert got["checkpoint"] == "checkpoints/step-00000002"
+    assert not (config.out / "story_completion.json").exists()
+    train(config, resume=True)
+    assert status(config)["state"] == "finished"
+    assert (config.out / "story_completion.json").exists()
+
+
+def test_mistakes_and_crashes_are_failures_with_their_reason(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(steps=4)
+
+    def crash() -> None:
+        raise MemoryError("two\nlines")
+
+    def mistake() -> None:
+        raise UserError("what, where")
+
+    for action, reason in ((crash, "MemoryError: two lines"), (mistake, "what, where")):
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "rehearse", before(loop.rehearse, action))
+            with pytest.raises((MemoryError, UserError)):
+                train(config, resume=config.out.exists())
+        assert (status(config)["state"], status(config)["reason"]) == ("failed", reason)
+
+
+def test_a_folder_that_holds_another_run_keeps_its_status(tiny: Tiny) -> None:
+    config = tiny(steps=1)
+    train(config)
+    before = status(config)
+    with pytest.raises(UserError, match="holds a run already"):
+        train(config)
+    assert status(config) == before
+
+
+def start(config: TrainConfig) -> subprocess.Popen[str]:
+    """The command itself, in a process group of its own."""
+    config.out.mkdir()
+    (config.out / "config.json").write_text(json.dumps(to_json(config)))
+    return subprocess.Popen(
+        [sys.executable, "-m", "lst.train", "--resume", str(config.out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + SECONDS
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def lines(path: Path) -> int:
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+@pytest.mark.timeout(2 * SECONDS)
+def test_a_signal_to_the_whole_job_stops_it_with_code_0_workers_and_all(tiny: Tiny) -> None:
+    """scancel and a terminal's Ctrl-C reach the processes that make the rows as well."""
+    from dataclasses import replace
+
+    config = tiny(steps=100_000, validate_every=100_000)
+    config = replace(config, data=replace(config.data, num_workers=1))
+    process = start(config)
+    try:
+        wait_for(lambda: lines(config.out / "metrics.jsonl") > 2, process)
+        os.killpg(process.pid, signal.SIGUSR1)
+        out, err = process.communicate(timeout=SECONDS)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, err
+    got = status(config)
+    assert (got["state"], got["signal"]) == ("stopped", "SIGUSR1")
+    assert got["checkpoint"] == f"checkpoints/step-{got['step']:08d}"
+    assert f"SIGUSR1: stopped after step {got['step']}; go on by: " in out
