@@ -6,23 +6,27 @@ it reads: the halves that causality and windows leave out are not counted. With 
 S·d the global width, S slots to a patch::
 
     h = embed(tokens)                                              nothing: a look-up
-    encoder:  layers(h)                                  T rows,   local pairs
-              linear(pool(h))                            P rows,   d → S·d
-              q, output: P·S rows, d → d;  k, v: T rows, d → 2·d;  encoder pairs
-    global:   layers(u)                                  P rows,   global pairs
-    decoder:  k, v of all layers                         P·S rows, d → layers · 2·d
-              each layer: q, output: T rows, d → d;                decoder pairs
-                          layer(h)                       T rows,   local pairs
-    head:     logits                                     T rows,   d → V
+    encoder:  layers(h)                                  Tl rows,   local pairs
+              linear(pool(h))                            Pl rows,   d → S·d
+              q, output: Pl·S rows, d → d;  k, v: Tl rows, d → 2·d;  encoder pairs
+    global:   layers(u)                                  P rows,    global pairs
+    decoder:  k, v of all layers                         Pr·S rows, d → layers · 2·d
+              each layer: q, output: Tl rows, d → d;                decoder pairs
+                          layer(h)                       Tl rows,   local pairs
+    head:     logits                                     T rows,    d → V
+    with text_path="global":                             T − Tl rows, S·d → V;  Tl rows, d → Vs
 
-    a layer of width d:  q, k, v, output: d → 4·d;  SwiGLU of width f: d → 2·f, f → d;  attention
+    a layer of width d:  q, k, v, output: d → 4·d, less where heads of keys are shared;
+                         SwiGLU of width f: d → 2·f, f → d;  attention
 
 Training is three times the forward pass: the backward pass makes two products of each one. What is
 computed twice to save memory (the logits, the scores of attention) counts once; norms, rotary
 embeddings, pooling, softmax and the optimizer, which multiply no matrices, and the dead tail of a
 training batch, which no result needs, do not count.
 
-Shape letters: T tokens, P patches, S slots, V ids of the vocabulary.
+Shape letters: T tokens, of which Tl pass the local modules; P patches, of which Pl are theirs and
+Pr are read by the decoder (all are T, or P, but with ``text_path="global"``); S slots, V ids of the
+vocabulary, Vs of the speech vocabulary.
 """
 
 from collections.abc import Iterator
@@ -42,7 +46,7 @@ __all__ = ["Counts", "Mix", "batch_counts", "expected_counts", "forward_flops", 
 
 TRAINING = 3  # forward passes that a training step is worth
 TOKENS_PER_HOUR = 25 * 3600  # speech units
-PARTS = ("embedding", "encoder", "global_transformer", "decoder", "head")
+PARTS = ("embedding", "encoder", "global_transformer", "decoder", "head", "speech_head")
 
 DEMO_CORPUS = "data/demo"
 DEMO_VOCABULARY = Vocabulary(num_pieces=2000, num_units=501)
@@ -53,12 +57,15 @@ PAPER_VOCABULARY = Vocabulary(num_pieces=32000, num_units=501)  # Llama 2's piec
 class Counts:
     """What the compute of a stream depends on: rows of products, pairs of each attention.
 
-    Pairs are ``KeyRanges.num_pairs``, the same in every layer and for every head. The three of the
-    local modules are 0 for a token-level model.
+    Pairs are ``KeyRanges.num_pairs``, the same in every layer and for every head. What is of the
+    local modules is 0 for a token-level model.
     """
 
     tokens: float
     units: float  # patches
+    local_tokens: float  # that pass the local modules
+    local_units: float  # patches of these
+    read_units: float  # patches whose keys and values the decoder makes
     local_pairs: float  # token × token
     encoder_pairs: float  # slot × token
     global_pairs: float  # patch × patch
@@ -77,9 +84,19 @@ def batch_counts(batch: Batch) -> Counts:
         0 if ranges is None else ranges.num_pairs
         for ranges in (batch.local_ranges, batch.encoder_ranges, batch.decoder_ranges)
     )
+    tokens = units = read = 0
+    if batch.local_layout is not None:
+        layout = batch.local_layout
+        tokens = layout.num_tokens - layout.num_dead_tokens
+        units = read = layout.num_patches - layout.num_dead_patches
+    if batch.split is not None:
+        read = len(batch.split.read_patches) - batch.layout.num_dead_patches
     return Counts(
         tokens=batch.num_tokens,
         units=batch.num_units,
+        local_tokens=tokens,
+        local_units=units,
+        read_units=read,
         local_pairs=local,
         encoder_pairs=encoder,
         global_pairs=batch.global_ranges.num_pairs,
@@ -103,38 +120,46 @@ class Mix:
     patch_size: float = 4  # speech units to a patch, where the model has patches
     document_tokens: int = 1024
 
-    def units_per_token(self, patch_size: float) -> float:
-        """Units to a token of a document that holds speech."""
-        return (1 - self.speech) + self.speech / patch_size
-
 
 def expected_counts(config: ModelConfig, mix: Mix) -> Counts:
     """The counts of an average token of ``mix``, with speech spread evenly over its documents."""
-    patch_size = 1 if config.architecture == "token" else mix.patch_size
-    spoken = _document(config, mix.document_tokens, mix.units_per_token(patch_size))
-    written = _document(config, mix.document_tokens, 1)
+    spoken, written = _document(config, mix, mix.speech), _document(config, mix, 0)
     return (written * mix.text + spoken * (1 - mix.text)) * (1 / mix.document_tokens)
 
 
-def _document(config: ModelConfig, tokens: float, units_per_token: float) -> Counts:
-    """Up to its token i the document has i · units_per_token units. (Up to half a patch of these
-    is not readable yet, which is left out.)"""
+def _document(config: ModelConfig, mix: Mix, speech: float) -> Counts:
+    """A document with a share of ``speech``. Up to its token i it has i · units_per_token units.
+    (Up to half a patch of these is not readable yet, which is left out.)"""
+    tokens: float = mix.document_tokens
+    patch_size = 1 if config.architecture == "token" else mix.patch_size
+    units_per_token = 1 - speech + speech / patch_size
     units = tokens * units_per_token
-    local = encoder = decoder = 0.0
-    if config.architecture == "lst":
-        local = _causal_pairs(tokens, config.local_window)
-        encoder = config.slots * tokens  # a token is read by the slots of its own patch
-        window = config.decoder_window  # patches; in tokens, divided by units_per_token
-        decoder = (config.slots * units_per_token) * _causal_pairs(
-            tokens, None if window is None else window / units_per_token
-        )
-    return Counts(
+    counts = Counts(
         tokens=tokens,
         units=units,
-        local_pairs=local,
-        encoder_pairs=encoder,
+        local_tokens=0,
+        local_units=0,
+        read_units=0,
+        local_pairs=0,
+        encoder_pairs=0,
         global_pairs=_causal_pairs(units, None),
-        decoder_pairs=decoder,
+        decoder_pairs=0,
+    )
+    if config.architecture == "token":
+        return counts
+    passing = speech if config.text_path == "global" else 1.0  # share of the tokens
+    window = config.decoder_window  # patches; in tokens, divided by units_per_token
+    read = (config.slots * units_per_token) * _causal_pairs(
+        tokens, None if window is None else window / units_per_token
+    )
+    return replace(
+        counts,
+        local_tokens=tokens * passing,
+        local_units=tokens * speech / patch_size if config.text_path == "global" else units,
+        read_units=units if passing else 0,
+        local_pairs=_causal_pairs(tokens * passing, config.local_window),
+        encoder_pairs=config.slots * tokens * passing,  # by the slots of the token's own patch
+        decoder_pairs=read * passing,
     )
 
 
@@ -147,37 +172,42 @@ def _causal_pairs(length: float, window: float | None) -> float:
 # --- the model, part by part ----------------------------------------------------------------------
 
 
-def forward_flops(config: ModelConfig, vocabulary_size: int, counts: Counts) -> dict[str, float]:
+def forward_flops(config: ModelConfig, vocabulary: Vocabulary, counts: Counts) -> dict[str, float]:
     """FLOPs of one forward pass of each part of the model (see above), in its order.
 
-    Parts are named as by ``lst.model.count_parameters``; a token-level model has no encoder and no
-    decoder.
+    Parts are named as by ``lst.model.count_parameters``; a model has only some of them.
     """
+    dim = config.global_transformer.dim
     parts = {
         "embedding": 0.0,
         "global_transformer": _stack(config.global_transformer, counts.units, counts.global_pairs),
     }
-    dim = config.global_transformer.dim
-    if config.architecture == "lst":
-        dim = config.encoder.dim
+    if config.architecture == "token":
+        parts["head"] = _product(counts.tokens, dim, vocabulary.size)
+    else:
         parts |= {"encoder": _encoder(config, counts), "decoder": _decoder(config, counts)}
-    parts["head"] = _product(counts.tokens, dim, vocabulary_size)
+        local, text = config.encoder.dim, counts.tokens - counts.local_tokens
+        if config.text_path == "global":
+            parts["head"] = _product(text, dim, vocabulary.size)
+            parts["speech_head"] = _product(counts.local_tokens, local, vocabulary.speech_size)
+        else:
+            parts["head"] = _product(counts.tokens, local, vocabulary.size)
     return {part: parts[part] for part in PARTS if part in parts}
 
 
-def training_flops(config: ModelConfig, vocabulary_size: int, counts: Counts) -> dict[str, float]:
+def training_flops(config: ModelConfig, vocabulary: Vocabulary, counts: Counts) -> dict[str, float]:
     """FLOPs of a forward and a backward pass: three times `forward_flops`."""
-    forward = forward_flops(config, vocabulary_size, counts)
+    forward = forward_flops(config, vocabulary, counts)
     return {part: TRAINING * flops for part, flops in forward.items()}
 
 
 def _encoder(config: ModelConfig, counts: Counts) -> float:
     dim, slots = config.encoder.dim, config.slots
     return (
-        _stack(config.encoder, counts.tokens, counts.local_pairs)
-        + _product(counts.units, dim, slots * dim)  # slot queries
-        + _product(counts.units * slots, dim, 2 * dim)  # q, output
-        + _product(counts.tokens, dim, 2 * dim)  # k, v
+        _stack(config.encoder, counts.local_tokens, counts.local_pairs)
+        + _product(counts.local_units, dim, slots * dim)  # slot queries
+        + _product(counts.local_units * slots, dim, 2 * dim)  # q, output
+        + _product(counts.local_tokens, dim, 2 * dim)  # k, v
         + _attention(counts.encoder_pairs, dim)
     )
 
@@ -185,9 +215,9 @@ def _encoder(config: ModelConfig, counts: Counts) -> float:
 def _decoder(config: ModelConfig, counts: Counts) -> float:
     dim, layers, slots = config.decoder.dim, config.decoder.layers, config.slots
     return (
-        _stack(config.decoder, counts.tokens, counts.local_pairs)
-        + _product(counts.units * slots, dim, layers * 2 * dim)  # k, v of all layers
-        + layers * _product(counts.tokens, dim, 2 * dim)  # q, output
+        _stack(config.decoder, counts.local_tokens, counts.local_pairs)
+        + _product(counts.read_units * slots, dim, layers * 2 * dim)  # k, v of all layers
+        + layers * _product(counts.local_tokens, dim, 2 * dim)  # q, output
         + layers * _attention(counts.decoder_pairs, dim)
     )
 
@@ -217,12 +247,12 @@ class FlopsConfig:
 
     preset: Annotated[str, tyro.conf.Positional]  # a name of lst.presets
     document_tokens: int = Mix.document_tokens  # length of the documents that attention reads
-    vocabulary_size: int | None = None  # None: of the demo corpus, or of the paper
+    num_pieces: int | None = None  # of text; None: of the demo corpus, or of the paper
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise UserError(f"preset: expected one of {', '.join(PRESETS)}, got {self.preset!r}")
-        for name in ("document_tokens", "vocabulary_size"):
+        for name in ("document_tokens", "num_pieces"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')}: expected 1 or more, got {value}")
@@ -232,27 +262,43 @@ def report(options: FlopsConfig) -> str:
     """What the command prints."""
     preset = PRESETS[options.preset]
     vocabulary = DEMO_VOCABULARY if preset.data.corpus == DEMO_CORPUS else PAPER_VOCABULARY
-    size = options.vocabulary_size or vocabulary.size
+    if options.num_pieces is not None:
+        vocabulary = replace(vocabulary, num_pieces=options.num_pieces)
     mix = Mix(
         text=preset.data.mixture["text"] / sum(preset.data.mixture.values()),
         patch_size=preset.data.patching.size,
         document_tokens=options.document_tokens,
     )
-    sections = (_parts(preset, size, mix), _lengths(mix), _saving(preset.model, size, mix))
+    models = _models(preset.model)
+    own = (
+        [models["token-level"]] if preset.model.architecture == "token" else [*models.values()][1:]
+    )
+    sections = [
+        _heading(preset, vocabulary, mix),
+        *(_parts(model, vocabulary, mix) for model in own),
+        _lengths(mix),
+        _saving(models, vocabulary, mix),
+    ]
     return "\n\n".join("\n".join(section) for section in sections)
 
 
-def _parts(preset: TrainConfig, size: int, mix: Mix) -> Iterator[str]:
-    """FLOPs of each part of a model in training: per token, per unit, per hour of speech."""
-    config = preset.model
-    counts = expected_counts(config, mix)
-    flops = training_flops(config, size, counts)
-    speech = expected_counts(config, replace(mix, text=0, speech=1)) * TOKENS_PER_HOUR
-    of_hour = training_flops(config, size, speech)
+def _models(config: ModelConfig) -> dict[str, ModelConfig]:
+    """The preset's model at token level, and in patches on either text path."""
+    lst = replace(config, architecture="lst")
+    return {
+        "token-level": replace(config, architecture="token"),
+        'lst, text "local"': replace(lst, text_path="local"),
+        'lst, text "global"': replace(lst, text_path="global"),
+    }
+
+
+def _heading(preset: TrainConfig, vocabulary: Vocabulary, mix: Mix) -> Iterator[str]:
+    """What is counted, and how."""
     static = f"static patches of {mix.patch_size:g} speech units"
     yield (
-        f"{preset.name}: {static if config.architecture == 'lst' else 'token-level'}, a vocabulary "
-        f"of {size:,}; {counts.units:.4f} units to a token"
+        f"{preset.name}: {static if preset.model.architecture == 'lst' else 'token-level'}, "
+        f"a vocabulary of {vocabulary.size:,}; "
+        f"{expected_counts(preset.model, mix).units:.4f} units to a token"
     )
     yield (
         f"Documents of {mix.document_tokens:,} tokens: {mix.text:.0%} of them text alone, "
@@ -260,8 +306,16 @@ def _parts(preset: TrainConfig, size: int, mix: Mix) -> Iterator[str]:
     )
     yield "FLOPs = 3 (training) × 2 × multiply-adds of every matrix product and of the attention"
     yield "scores that are needed (causal and window halves not counted)"
-    yield ""
-    yield _row("", "MFLOPs/token", "MFLOPs/unit", "share", "TFLOPs/hour of speech alone")
+
+
+def _parts(config: ModelConfig, vocabulary: Vocabulary, mix: Mix) -> Iterator[str]:
+    """FLOPs of each part of a model in training: per token, per unit, per hour of speech."""
+    counts = expected_counts(config, mix)
+    flops = training_flops(config, vocabulary, counts)
+    speech = expected_counts(config, replace(mix, text=0, speech=1)) * TOKENS_PER_HOUR
+    of_hour = training_flops(config, vocabulary, speech)
+    title = "" if config.architecture == "token" else f'text "{config.text_path}"'
+    yield _row(title, "MFLOPs/token", "MFLOPs/unit", "share", "TFLOPs/hour of speech alone")
     flops["total"], of_hour["total"] = sum(flops.values()), sum(of_hour.values())
     for part, value in flops.items():
         yield _row(
@@ -292,43 +346,42 @@ def _lengths(mix: Mix) -> Iterator[str]:
     )
 
 
-def _saving(config: ModelConfig, size: int, mix: Mix) -> Iterator[str]:
+def _saving(models: dict[str, ModelConfig], vocabulary: Vocabulary, mix: Mix) -> Iterator[str]:
     """The saving on the same sample with everything counted."""
-    tokens = 1 / (1 - mix.text)
-    token, lst = _both(config, size, mix)
-    units = mix.text + (1 - mix.text) * mix.units_per_token(mix.patch_size)
-    before, after = tokens * sum(token.values()), tokens * sum(lst.values())
-    large = f"{token['global_transformer'] / 1e6:,.2f} + {token['head'] / 1e6:,.2f}"
-    local = " + ".join(f"{lst[part] / 1e6:,.2f}" for part in ("encoder", "decoder", "head"))
-    yield "MFLOPs for the same words with everything counted; text too passes encoder and decoder"
+    yield 'MFLOPs for the same words with everything counted. With text "local", text too passes'
+    yield 'encoder and decoder; with text "global" it passes the global transformer alone'
     yield ""
-    yield _row("token-level", "tokens · (global + head)")
-    yield _row("", f"{tokens:.2f} · ({large}) = {before / 1e6:,.1f}")
-    yield _row("lst", "tokens · (encoder + decoder + head) + units · global")
-    yield _row(
-        "",
-        f"{tokens:.2f} · ({local}) + {tokens * units:.2f} · "
-        f"{lst['global_transformer'] / units / 1e6:,.2f} = {after / 1e6:,.1f}",
-    )
+    yield _row("", "units", "local tokens", "global", "encoder", "decoder", "heads", "total")
+    totals = {}
+    for name, config in models.items():
+        counts = expected_counts(config, mix) * (1 / (1 - mix.text))
+        flops = training_flops(config, vocabulary, counts)
+        totals[name] = sum(flops.values())
+        heads = flops["head"] + flops.get("speech_head", 0)
+        parts = (flops["global_transformer"], flops.get("encoder", 0), flops.get("decoder", 0))
+        yield _row(
+            name,
+            f"{counts.units:.2f}",
+            f"{counts.local_tokens:.2f}",
+            *(f"{value / 1e6:,.1f}" for value in (*parts, heads, totals[name])),
+        )
     yield ""
-    yield f"saving = 1 − {after / 1e6:,.1f} / {before / 1e6:,.1f} = {1 - after / before:.1%}"
-    lengths, savings = (256, 1024, 4096), []
-    for length in lengths:
-        token, lst = _both(config, size, replace(mix, document_tokens=length))
-        savings.append(1 - sum(lst.values()) / sum(token.values()))
-    yield (
-        f"with documents of {', '.join(f'{length:,}' for length in lengths)} tokens: "
-        f"{', '.join(f'{saving:.1%}' for saving in savings)}"
-    )
-
-
-def _both(config: ModelConfig, size: int, mix: Mix) -> tuple[dict[str, float], dict[str, float]]:
-    """Training FLOPs of an average token at token level, and in patches."""
-    token, lst = replace(config, architecture="token"), replace(config, architecture="lst")
-    return (
-        training_flops(token, size, expected_counts(token, mix)),
-        training_flops(lst, size, expected_counts(lst, mix)),
-    )
+    before = totals.pop("token-level")
+    for name, after in totals.items():
+        saving = 1 - after / before
+        yield f"{name}: saving = 1 − {after / 1e6:,.1f} / {before / 1e6:,.1f} = {saving:.1%}"
+    lengths = (256, 1024, 4096)
+    yield f"the same with documents of {', '.join(f'{length:,}' for length in lengths)} tokens:"
+    for name in totals:
+        savings = []
+        for length in lengths:
+            of_length = replace(mix, document_tokens=length)
+            before, after = (
+                sum(training_flops(each, vocabulary, expected_counts(each, of_length)).values())
+                for each in (models["token-level"], models[name])
+            )
+            savings.append(f"{1 - after / before:.1%}")
+        yield f"{name}: {', '.join(savings)}"
 
 
 def _row(name: str, *cells: str) -> str:

@@ -239,7 +239,7 @@ def take_steps(run: Run, interrupt: Interrupt) -> None:
             run.state,
             step=step,
             lanes=lanes,
-            seen=run.state.seen.after(counts, config.model, run.corpus.vocabulary.size),
+            seen=run.state.seen.after(counts, config.model, run.corpus.vocabulary),
             skipped=run.state.skipped + (not updated),
             skipped_in_a_row=0 if updated else run.state.skipped_in_a_row + 1,
         )

@@ -40,6 +40,7 @@ from lst.train.run_folder import (
     write_atomically,
     writing,
 )
+from lst.vocabulary import Vocabulary
 
 TRAIN = "train"  # the split of training lines; others are valid/NAME
 
@@ -92,9 +93,9 @@ class Seen:
     speech_units: int = 0  # 25 to the second
     flops: float = 0.0  # of training on all that (lst.flops)
 
-    def after(self, counts: Counts, model: ModelConfig, vocabulary_size: int) -> "Seen":
+    def after(self, counts: Counts, model: ModelConfig, vocabulary: Vocabulary) -> "Seen":
         """With one more global batch."""
-        spent = flops.training_flops(model, vocabulary_size, counts.work)
+        spent = flops.training_flops(model, vocabulary, counts.work)
         return Seen(
             tokens=self.tokens + int(counts.work.tokens),
             units=self.units + int(counts.work.units),
