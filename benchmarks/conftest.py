@@ -75,6 +75,29 @@ def report_memory(table: list[Row]) -> Callable[[str, float], None]:
 
 
 @pytest.fixture
+def outrun(benchmark, table: list[Row]) -> Callable[..., None]:
+    """Time ours, and assert how many times faster it is than the sound that it works on."""
+
+    def run(case: str, ours: Callable[[], object], *, seconds: float, floor: float) -> None:
+        benchmark(ours)
+        if benchmark.stats is None:  # --benchmark-disable: it ran once, and was not timed
+            return
+        best = benchmark.stats.stats.min
+        row = Row(
+            case=case,
+            peer="real time",
+            ours=_milliseconds(best),
+            theirs=_milliseconds(seconds),
+            ratio=seconds / best,
+            floor=floor,
+        )
+        table.append(row)
+        assert row.passed, f"{case}: {row.ratio:.0f} < {floor:g} times real time"
+
+    return run
+
+
+@pytest.fixture
 def race(benchmark, table: list[Row]) -> Callable[..., None]:
     """Time ours and its peers in turn, in one process, and assert the ratios of the minima."""
 

@@ -7,6 +7,7 @@ a unit that skips every second frame of a 50 Hz model is not a unit of what was 
 """
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
@@ -36,10 +37,10 @@ class HubertKMeans:
 
     frame_rate = FRAMES_PER_SECOND
 
-    def __init__(self, model: FrameModel, centroids: Tensor, about: str) -> None:
+    def __init__(self, model: FrameModel, centroids: Tensor, layer: int) -> None:
         self.centroids = centroids
         self._model = model
-        content = hashlib.sha256(f"{about} {model.digest()} ".encode())
+        content = hashlib.sha256(f"hubert k-means 1, layer {layer} {model.digest()} ".encode())
         content.update(centroids.cpu().contiguous().numpy().tobytes())
         self.fingerprint = f"sha256:{content.hexdigest()}"
 
@@ -66,24 +67,62 @@ class HubertKMeans:
             UserError: a model that is not HuBERT, or not at 25 Hz, or has no such layer; centroids
                 of another size; files that cannot be read; transformers is not installed.
         """
-        base, normalize = load_pretrained(name, "hubert", "HubertModel")
-        num_layers, width = base.config.num_hidden_layers, base.config.hidden_size
-        if not 0 <= layer <= num_layers:
-            raise UserError(f"{name}: expected a layer of 0 to {num_layers}, got {layer}")
-        model = FrameModel(base, layer=layer, normalize=normalize)
-        if model.stride * FRAMES_PER_SECOND != SAMPLE_RATE:
-            raise UserError(
-                f"{name}: expected {FRAMES_PER_SECOND} frames a second, "
-                f"got {SAMPLE_RATE / model.stride:g} (a stride of {model.stride} samples)"
-            )
+        model = _open(name, layer).to(device)
         centroids = read_centroids(codebook, allow_pickle=allow_pickle)
-        if centroids.shape[1] != width:
+        if centroids.shape[1] != model.width:
             raise UserError(
-                f"{codebook}: expected centroids of {width} numbers, as the layers of {name} "
+                f"{codebook}: expected centroids of {model.width} numbers, as the layers of {name} "
                 f"have, got {centroids.shape[1]}"
             )
-        tensor = torch.from_numpy(centroids).to(device)
-        return cls(model.to(device), tensor, f"hubert k-means 1, layer {layer}")
+        return cls(model, torch.from_numpy(centroids).to(device), layer)
+
+    @classmethod
+    def fit(
+        cls,
+        name: str,
+        waveforms: Iterable[np.ndarray],
+        *,
+        layer: int,
+        num_units: int = 501,
+        seed: int = 0,
+        device: str = "cpu",
+    ) -> Self:
+        """Fit centroids to a layer's output, which is kept in memory: 280 MB an hour for base.
+
+        Args:
+            name: a local folder or a name on the hub.
+            waveforms: (n,) each, 16 kHz, of several voices.
+            layer: as for :meth:`load`.
+            num_units: number of centroids.
+            seed: of the first centroids and the batches.
+
+        Raises:
+            UserError: as for :meth:`load`; fewer frames than centroids; no scikit-learn here.
+        """
+        try:
+            from sklearn.cluster import MiniBatchKMeans
+        except ImportError:
+            raise UserError(
+                "fitting speech units needs scikit-learn, which is not installed: "
+                "pip install 'lst[speech]'"
+            ) from None
+        model = _open(name, layer).to(device)
+        states = [model.states([waveform])[0].cpu().numpy() for waveform in waveforms]
+        frames = np.concatenate(states) if states else np.zeros((0, model.width), np.float32)
+        if len(frames) < num_units:
+            raise UserError(
+                f"expected at least {num_units} frames to fit {num_units} speech units, "
+                f"got {len(frames)}"
+            )
+        kmeans = MiniBatchKMeans(num_units, random_state=seed, n_init=1, batch_size=4096)
+        centroids = kmeans.fit(frames).cluster_centers_.astype(np.float32)
+        return cls(model, torch.from_numpy(centroids).to(device), layer)
+
+    def save(self, path: Path | str) -> None:
+        """Write the centroids as a ``.safetensors`` file; the model is not in it."""
+        from safetensors.numpy import save
+
+        Path(path).write_bytes(save({"centroids": self.centroids.cpu().numpy()}))
 
     @property
     def num_units(self) -> int:
@@ -92,6 +131,21 @@ class HubertKMeans:
     def encode(self, waveform: np.ndarray) -> np.ndarray:
         """(n,) float at 16 kHz → (F,) int16 in [0, num_units), F = ⌈n / 640⌉."""
         return _nearest(self._model.states([waveform])[0], self.centroids)
+
+
+def _open(name: str, layer: int) -> FrameModel:
+    base, normalize = load_pretrained(name, "hubert", "HubertModel")
+    if not 0 <= layer <= base.config.num_hidden_layers:
+        raise UserError(
+            f"{name}: expected a layer of 0 to {base.config.num_hidden_layers}, got {layer}"
+        )
+    model = FrameModel(base, layer=layer, normalize=normalize)
+    if model.stride * FRAMES_PER_SECOND != SAMPLE_RATE:
+        raise UserError(
+            f"{name}: expected {FRAMES_PER_SECOND} frames a second, "
+            f"got {SAMPLE_RATE / model.stride:g} (a stride of {model.stride} samples)"
+        )
+    return model
 
 
 def _nearest(states: Tensor, centroids: Tensor) -> np.ndarray:

@@ -104,12 +104,14 @@ class FrameModel(nn.Module):
 
     Attributes:
         stride: samples in a frame.
+        width: D, the size of a state.
     """
 
     def __init__(self, base: Any, *, layer: int | None, normalize: bool) -> None:
         super().__init__()
         config = base.config
         self.stride = math.prod(config.conv_stride)
+        self.width = config.hidden_size
         self.normalize = normalize
         self._receptive = 1 + sum(
             (kernel - 1) * math.prod(config.conv_stride[:index])

@@ -183,6 +183,30 @@ def test_fingerprint_tells_apart_what_gives_other_units(tmp_path: Path, save_hub
     assert found[0].startswith("sha256:")
 
 
+def test_fitted_units_are_saved_and_opened_as_they_are(tmp_path: Path, save_hubert) -> None:
+    folder = str(save_hubert(tmp_path / "hubert"))
+    waveforms = [noise(6, 1), noise(7, 2)]
+    found = HubertKMeans.fit(folder, iter(waveforms), layer=2, num_units=30)
+    again = HubertKMeans.fit(folder, waveforms, layer=2, num_units=30)
+    assert found.fingerprint == again.fingerprint
+    encoded = found.encode(waveforms[0])
+    assert len(np.unique(encoded)) > 15
+    found.save(tmp_path / "kmeans.safetensors")
+    config = UnitsConfig(codebook=tmp_path / "kmeans.safetensors", hubert=folder, layer=2)
+    opened = load_units(config)
+    assert opened.fingerprint == found.fingerprint
+    np.testing.assert_array_equal(opened.encode(waveforms[0]), encoded)
+    # Nearer to their frames than as many frames taken at random.
+    model = found._model
+    states = torch.cat(model.states(waveforms))
+    some = states[torch.randperm(len(states), generator=torch.Generator().manual_seed(0))[:30]]
+    assert torch.cdist(states, found.centroids).min(1).values.square().mean() < (
+        torch.cdist(states, some).min(1).values.square().mean()
+    )
+    with pytest.raises(UserError, match="expected at least 326 frames to fit 326 speech units"):
+        HubertKMeans.fit(folder, waveforms, layer=2, num_units=326)
+
+
 # Files --------------------------------------------------------------------------------------------
 
 
