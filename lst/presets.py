@@ -61,7 +61,7 @@ def _paper(
             corpus="data/corpus",
             rows=rows,
             units_per_sequence=UNITS_PER_SEQUENCE,
-            num_workers=4,
+            num_workers=1,
         ),
         steps=steps,
         out=Path("runs") / name,

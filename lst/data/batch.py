@@ -18,13 +18,14 @@ are all here, made on the CPU and moved to the device once.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lst.data.buffer import flatten, unflatten
 from lst.data.interleave import Document
 from lst.data.packing import IGNORE, Packed, concatenate, patch_document
 from lst.data.patching import Strategy
@@ -45,7 +46,6 @@ __all__ = [
 TOKENS_MULTIPLE = 256  # of what passes the local modules in a training batch
 
 TextPath = Literal["local", "global"]
-Part = TypeVar("Part", "Batch", "Split")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +76,6 @@ class Split:
     patch_rows: Tensor  # (P,) int64, where each patch is in [speech patches; text tokens]
     token_rows: Tensor  # (T,) int64, where each token is in [speech tokens; text tokens]
     read_patches: Tensor  # (Pr,) int64, the patches that some speech token reads, and dead ones
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Split":
-        """The same on another device."""
-        return _moved(self, device, non_blocking)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -115,19 +111,19 @@ class Batch:
         return self.layout.num_tokens - self.layout.num_dead_tokens
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
-        """The same batch on another device; host values stay as they are."""
-        return _moved(self, device, non_blocking)
+        """The same batch on another device, moved as one buffer; host values stay as they are."""
+        if self.tokens.device == torch.device(device):
+            return self
+        buffer, skeleton = flatten(self)
+        return cast(Batch, unflatten(buffer.to(device, non_blocking=non_blocking), skeleton))
 
+    def pin_memory(self) -> "Batch":
+        """The same batch in pinned memory, so that ``to`` a GPU need not wait."""
+        buffer, skeleton = flatten(self)
+        return cast(Batch, unflatten(buffer.pin_memory(), skeleton))
 
-def _moved(part: Part, device: torch.device | str, non_blocking: bool) -> Part:
-    values = {field.name: getattr(part, field.name) for field in fields(part)}
-    moved: dict[int, Any] = {}  # what two fields share moves once
-    for name, value in values.items():
-        if isinstance(value, Tensor | PatchLayout | KeyRanges | Split):
-            if id(value) not in moved:
-                moved[id(value)] = value.to(device, non_blocking=non_blocking)
-            values[name] = moved[id(value)]
-    return type(part)(**values)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return unflatten, flatten(self)  # to another process as one buffer
 
 
 def make_batch(

@@ -1,20 +1,21 @@
 """The loader: lanes, worker processes and ranks, put together into batches.
 
     records -> interleave -> patching -> packing -> batch
-    [             a worker runs its lanes        ]  main
+    [                      all of it in a worker                     ]
 
     lanes     0   1   2   3   4   5   6   7          rows of the global batch
     ranks     0               1                      contiguous
     micro     0       1       0       1              with accumulation=2
-    workers   a   b   a   b   ...                    each owns whole lanes
+    workers   a       b       a       b              each makes whole micro-batches, with their plan
 
-A rank's stream of a micro-batch holds its lanes in order. Neither the number of ranks, nor that of
-workers, nor accumulation changes what is in a lane, so the global batches stay the same; and a run
-goes on from the lanes' states with the very rows it would have had.
+A micro-batch's stream holds its lanes in order. Neither the number of ranks, nor that of workers,
+nor accumulation changes what is in a lane, so the global batches stay the same. A batch comes with
+the states of its lanes after it, so a run goes on with the very rows it would have had, however far
+ahead the workers were.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from lst.data.batch import Batch, PlanConfig, make_batch, plan_batch
@@ -23,7 +24,7 @@ from lst.data.lanes import Lane, LaneState, Source
 from lst.data.packing import MIN_ROOM, Packed, concatenate, patch_document
 from lst.data.patching import NoPatching, PatchingConfig, final_strategy
 from lst.data.records import Dataset
-from lst.data.workers import lane_items
+from lst.data.workers import in_step
 from lst.errors import UserError
 from lst.files import Location
 from lst.vocabulary import Tokenizer, Vocabulary
@@ -44,7 +45,9 @@ class DataConfig:
     rows: int  # sequences in the global batch
     units_per_sequence: int  # one of them goes to the dead tail
     patching: PatchingConfig = field(default_factory=PatchingConfig)
-    num_workers: int = 0  # processes a rank that make rows; 0: none but the rank itself
+    # Processes a rank that make batches ahead of it, each of them whole micro-batches; 0: none, the
+    # rank makes a batch when it needs it.
+    num_workers: int = 0
 
     def __post_init__(self) -> None:
         if not self.mixture:
@@ -82,6 +85,7 @@ class TrainLoader:
         seed: of the order of records, of interleaving and of the curriculum.
         total_steps: of the whole run; the curriculum reads it.
         accumulation: micro-batches that a rank takes for one step.
+        pin: whether batches come in pinned memory, from where a GPU copies on its own.
         states: lane → state as an earlier loader yielded it; those of other ranks are passed over.
             None starts afresh.
 
@@ -102,6 +106,7 @@ class TrainLoader:
         rank: int = 0,
         world_size: int = 1,
         accumulation: int = 1,
+        pin: bool = False,
         states: Mapping[int, Mapping[str, Any]] | None = None,
     ) -> None:
         if config.rows % (world_size * accumulation):
@@ -114,12 +119,10 @@ class TrainLoader:
                 "data: a token-level model reads every token as a patch: expected the patching "
                 f"strategy 'none' or 'speech-bpe', got {config.patching.strategy!r}"
             )
-        self._vocabulary, self._plan = vocabulary, plan
-        self._num_workers = config.num_workers
-        self._accumulation = accumulation
+        self._num_workers, self._pin = config.num_workers, pin
         datasets = _open_datasets(config, vocabulary, tokenizer)
         per_rank = config.rows // world_size
-        self._lanes = [
+        lanes = [
             Lane(
                 number=number,
                 num_lanes=config.rows,
@@ -135,25 +138,52 @@ class TrainLoader:
             )
             for number in range(rank * per_rank, (rank + 1) * per_rank)
         ]
-        self._states = [_state_of(lane, states) for lane in self._lanes]
+        firsts = [_state_of(lane, states) for lane in lanes]
+        rows = per_rank // accumulation
+        self._micro_batches = [
+            _MicroBatches(lanes[at : at + rows], firsts[at : at + rows], vocabulary, plan)
+            for at in range(0, per_rank, rows)
+        ]
 
     def __iter__(self) -> Iterator[tuple[tuple[Batch, ...], dict[int, dict[str, Any]]]]:
         """Yields the micro-batches of a step, and the states of the rank's lanes after it.
 
         Starts from the states given to the constructor. Workers end when the iterator does.
         """
-        rows_per_batch = len(self._lanes) // self._accumulation
-        for items in lane_items(self._lanes, self._states, num_workers=self._num_workers):
-            states = {number: state for number, _, state in items}
-            step = items[0][2]["row"] - 1
-            rows = [row for _, row, _ in items]
-            micro_batches = tuple(
-                make_batch(
-                    rows[first : first + rows_per_batch], self._vocabulary, self._plan, step=step
-                )
-                for first in range(0, len(rows), rows_per_batch)
+        for items in in_step(self._micro_batches, num_workers=self._num_workers, pin=self._pin):
+            states = {lane: state for item in items for lane, state in item.states.items()}
+            yield tuple(item.batch for item in items), states
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _MicroBatch:
+    """A batch, and the states of its lanes after it as JSON."""
+
+    batch: Batch
+    states: dict[int, dict[str, Any]]
+
+    def pin_memory(self) -> "_MicroBatch":
+        return replace(self, batch=self.batch.pin_memory())
+
+
+@dataclass(frozen=True, slots=True)
+class _MicroBatches:
+    """One micro-batch of every step, from a row of each of some lanes."""
+
+    lanes: list[Lane]
+    states: list[LaneState]
+    vocabulary: Vocabulary
+    plan: PlanConfig
+
+    def __iter__(self) -> Iterator[_MicroBatch]:
+        streams = [lane.rows(state) for lane, state in zip(self.lanes, self.states, strict=True)]
+        while True:
+            rows, states = zip(*map(next, streams), strict=True)
+            numbers = [lane.number for lane in self.lanes]
+            yield _MicroBatch(
+                batch=make_batch(rows, self.vocabulary, self.plan, step=states[0].row - 1),
+                states=dict(zip(numbers, (state.to_json() for state in states), strict=True)),
             )
-            yield micro_batches, states
 
 
 def _open_datasets(

@@ -1,45 +1,58 @@
-"""A rank's lanes, run in its own process or in worker processes of its own.
+"""Streams of items, run in this process or ahead of it in worker processes.
 
-Each worker owns whole lanes and makes a row of each for every step, so the rows are the same for
-any number of workers. This module, and all that it imports, stays clear of models and kernels:
-every worker imports it.
+    step          0   1   2   3 …
+    stream 0      a   a   a   a        worker a of two
+    stream 1      b   b   b   b        worker b
+    stream 2      a   a   a   a
+
+Each worker runs whole streams, so the items are the same for any number of workers. It stays two
+steps ahead of what is asked for.
 """
 
 import signal
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from lst.data.lanes import Lane, LaneState
-from lst.data.packing import Packed
 from lst.errors import UserError
 
-__all__ = ["Item", "lane_items"]
+__all__ = ["in_step"]
 
-#: What a lane gives for one step: its number, its row, its state after it as JSON.
-Item = tuple[int, Packed, dict[str, Any]]
+T = TypeVar("T")
+
+STEPS_AHEAD = 2
 
 
-def lane_items(
-    lanes: Sequence[Lane], states: Sequence[LaneState], *, num_workers: int
-) -> Iterator[list[Item]]:
-    """Step by step, the items of all lanes in order. Workers end when the iterator does.
+def in_step(
+    streams: Sequence[Iterable[T]], *, num_workers: int, pin: bool = False
+) -> Iterator[list[T]]:
+    """Step by step, the next item of every stream. Workers end when the iterator does.
+
+    Args:
+        streams: endless; sent to the workers by pickle.
+        num_workers: processes; more than there are streams would be idle and are not started.
+            0: none, an item is made when it is asked for.
+        pin: bring items into pinned memory, by the ``pin_memory`` that they define: in a thread of
+            this process where there are workers.
 
     Raises:
-        UserError: whatever a lane raises, in whichever process.
+        UserError: whatever a stream raises, in whichever process.
     """
-    source = _Lanes(lanes, states)
-    num_workers = min(num_workers, len(lanes))
+    source = _Streams(streams)
+    num_workers = min(num_workers, len(streams))
     if num_workers == 0:
-        yield from source
+        for step in source:
+            yield [each.pin_memory() for each in step] if pin else list(step)
         return
     received = iter(
         DataLoader(
             source,
             batch_size=None,
             num_workers=num_workers,
+            prefetch_factor=STEPS_AHEAD,
+            pin_memory=pin,
             # Forking a process that has a GPU, a communicator or threads can hang its children.
             multiprocessing_context="spawn",
             # DataLoader draws a number at its start: not from the generator of the weights.
@@ -49,48 +62,38 @@ def lane_items(
     )
     try:
         while True:
-            items: list[Item] = []
-            for _ in range(num_workers):  # received takes from each worker in turn
+            items: list[Any] = [None] * len(streams)
+            for worker in range(num_workers):  # received takes from each worker in turn
                 part = next(received)
                 if isinstance(part, UserError):
                     raise part
-                items += part
-            yield sorted(items, key=lambda item: item[0])
+                items[worker::num_workers] = part
+            yield items
     finally:
         del received  # ends the workers now, though a traceback may hold on to this frame
 
 
-class _Lanes(IterableDataset[Any]):
-    """Step by step the items of some lanes; in worker w of W, of every W-th lane from w on."""
+class _Streams(IterableDataset[Any], Generic[T]):
+    """Step by step the items of some streams; in worker w of W, of every W-th stream from w on."""
 
-    def __init__(self, lanes: Sequence[Lane], states: Sequence[LaneState]) -> None:
-        self._lanes = lanes
-        self._states = states
+    def __init__(self, streams: Sequence[Iterable[T]]) -> None:
+        self._streams = streams
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
         if worker is None:
-            yield from self._items(0, 1)
+            yield from zip(*self._streams, strict=True)
             return
         try:
-            yield from self._items(worker.id, worker.num_workers)
+            mine = self._streams[worker.id :: worker.num_workers]
+            yield from map(list, zip(*mine, strict=True))
         except UserError as error:
             # As an item: DataLoader would wrap an exception into the text of a traceback.
             yield error
 
-    def _items(self, first: int, step: int) -> Iterator[list[Item]]:
-        lanes, states = self._lanes[first::step], self._states[first::step]
-        streams = [lane.rows(state) for lane, state in zip(lanes, states, strict=True)]
-        while True:
-            rows = [next(stream) for stream in streams]
-            yield [
-                (lane.number, row, state.to_json())
-                for lane, (row, state) in zip(lanes, rows, strict=True)
-            ]
-
 
 def _leave_interrupts_to_the_parent(worker: int) -> None:
     """Ctrl-C reaches every process of a terminal, scancel every process of a job; a run that
-    finishes its step needs its rows."""
+    finishes its step needs its batches."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

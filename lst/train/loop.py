@@ -123,6 +123,7 @@ def prepare(
             rank=world.rank,
             world_size=world.size,
             accumulation=config.accumulation,
+            pin=world.device.type == "cuda",
             states=state.lanes or None,
         )
     interrupt.poll(state.step, world)

@@ -4,7 +4,7 @@ any interruption."""
 import json
 import multiprocessing
 import shutil
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from itertools import chain, islice
 
 import fsspec
@@ -110,16 +110,38 @@ def test_a_run_goes_on_where_it_stopped(make_loader):
 
 
 def test_worker_processes_change_nothing(make_loader):
-    """One after another: two workers, then one, then none."""
-    whole = steps(make_loader(), 9)
+    """One after another: two workers, then one, then none. They are steps ahead when stopped."""
+    whole = steps(make_loader(accumulation=2), 9)
     torch.manual_seed(0)
     generator = torch.get_rng_state()
-    two = steps(make_loader(num_workers=2), 3)
-    one = steps(make_loader(num_workers=1, states=two[-1][1]), 3)
-    none = steps(make_loader(num_workers=0, states=one[-1][1]), 3)
+    two = steps(make_loader(num_workers=2, accumulation=2), 3)
+    one = steps(make_loader(num_workers=1, accumulation=2, states=two[-1][1]), 3)
+    none = steps(make_loader(num_workers=0, accumulation=2, states=one[-1][1]), 3)
     assert two + one + none == whole
     assert torch.equal(torch.get_rng_state(), generator)
     assert not multiprocessing.active_children()
+
+
+def test_a_batch_from_a_worker_is_whole_and_one_buffer(make_loader):
+    (here,), _ = next(iter(make_loader()))
+    (there,), _ = next(iter(make_loader(num_workers=1)))
+    tensors = tensors_of(there)
+    assert len({tensor.untyped_storage().data_ptr() for _, tensor in tensors}) == 1
+    assert [name for name, _ in tensors] == [name for name, _ in tensors_of(here)]
+    for (name, tensor), (_, expected) in zip(tensors, tensors_of(here), strict=True):
+        assert tensor.dtype == expected.dtype, name
+        assert torch.equal(tensor, expected), name
+    assert there.record_ids == here.record_ids
+
+
+def tensors_of(value, name="batch"):
+    """[(dotted name, tensor)] of nested dataclasses."""
+    if isinstance(value, torch.Tensor):
+        return [(name, value)]
+    if not is_dataclass(value):
+        return []
+    inner = [(field.name, getattr(value, field.name)) for field in fields(value)]
+    return [found for each, part in inner for found in tensors_of(part, f"{name}.{each}")]
 
 
 def test_a_damaged_shard_is_one_line_from_a_worker_too(corpus, make_loader, tmp_path):
