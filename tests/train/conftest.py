@@ -1,7 +1,15 @@
 """A corpus and a model small enough that a run takes a second."""
 
+import contextlib
+import functools
+import json
+import os
 import random
-from collections.abc import Callable
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -128,3 +136,86 @@ def make_tiny(corpus: Path) -> Callable[..., TrainConfig]:
 def tiny(make_tiny: Callable[..., TrainConfig], tmp_path: Path) -> Callable[..., TrainConfig]:
     """``tiny("name", steps=6, …)``: the same in a folder of that name."""
     return lambda name="run", **changes: make_tiny(tmp_path / name, **changes)
+
+
+class Ranks:
+    """The processes of a program under way."""
+
+    def __init__(self, server: subprocess.Popen[str], log: Path) -> None:
+        self._server, self._log = server, log
+        self.pids: list[int] = self._read()
+
+    def _read(self) -> list[int]:
+        assert self._server.stdout is not None
+        numbers: list[int] = json.loads(self._server.stdout.readline())
+        return numbers
+
+    def kill(self) -> None:
+        """Kill −9, all at once; those that have ended already are left alone."""
+        for pid in self.pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    @functools.cached_property
+    def codes(self) -> list[int]:
+        """Exit codes, once all have ended; −9 of one that was killed."""
+        return self._read()
+
+    def succeed(self) -> str:
+        """Wait; what rank 0 printed. All must have ended well."""
+        assert set(self.codes) == {0}, self.printed()
+        return self.printed(0)
+
+    def printed(self, *ranks: int) -> str:
+        names = [f"rank-{rank}.log" for rank in ranks or range(len(self.pids))]
+        return "\n".join((self._log / name).read_text() for name in names)
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[subprocess.Popen[str]]:
+    server = subprocess.Popen(
+        [sys.executable, Path(__file__).with_name("fork_server.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    yield server
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
+    server.communicate()
+
+
+@pytest.fixture
+def fork(
+    fork_server: subprocess.Popen[str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Ranks]]:
+    """``fork(code, *arguments, ranks=1)``: run a program in processes of its own, see Ranks."""
+    started = []
+
+    def start(code: str, *arguments: object, ranks: int = 1) -> Ranks:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        common = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "OMP_NUM_THREADS": 1}
+        common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        log = tmp_path_factory.mktemp("ranks")
+        request = {
+            "code": code,
+            "arguments": list(map(str, arguments)),
+            "environments": [
+                {key: str(value) for key, value in {**common, "RANK": r, "LOCAL_RANK": r}.items()}
+                for r in range(ranks)
+            ],
+            "log": str(log),
+        }
+        assert fork_server.stdin is not None
+        fork_server.stdin.write(json.dumps(request) + "\n")
+        fork_server.stdin.flush()
+        started.append(Ranks(fork_server, log))
+        return started[-1]
+
+    yield start
+    for ranks in started:  # a test that failed leaves none behind
+        ranks.kill()
+        ranks.codes  # noqa: B018  waits
