@@ -10,7 +10,6 @@ disk) do not stop a run: it tells of each and tries again after a few steps, the
 one of a run is waited for, and where it cannot be written that is an error.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Thread
@@ -24,6 +23,7 @@ from lst.model import LanguageModel
 from lst.train.checkpoint import State, remove_left_overs, remove_old, save_checkpoint
 from lst.train.config import TrainConfig
 from lst.train.distributed import SharedError, World
+from lst.train.metrics import MetricsLog
 from lst.train.optimizer import optimizer_tensors
 from lst.vocabulary import Tokenizer
 
@@ -45,7 +45,7 @@ class Checkpointer:
 
     Args:
         resumed: the checkpoint that the run goes on from, and its step (0: from the start).
-        say: tells the user a line, on rank 0.
+        log: hears of what could not be saved, and events.jsonl keeps it.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class Checkpointer:
         config: TrainConfig,
         tokenizer: Tokenizer,
         world: World,
+        log: MetricsLog,
         *,
         resumed: tuple[Path | None, int],
-        say: Callable[[str], None],
     ) -> None:
         self.saved, self._step = resumed  # _step: of the last save that was begun
-        self._config, self._tokenizer, self._say = config, tokenizer, say
+        self._config, self._tokenizer, self._log = config, tokenizer, log
         self._world, self._aside = world, world.aside()
         self._save: Save | None = None
         self._thread: Thread | None = None
@@ -68,7 +68,7 @@ class Checkpointer:
             try:
                 remove_left_overs(config.out)
             except UserError as error:
-                say(str(error))
+                log.say(str(error))
 
     def due(self, step: int, *, last: bool) -> bool:
         """Whether to save after ``step``: every so often, after a failure, and the last."""
@@ -79,7 +79,7 @@ class Checkpointer:
 
     def save(self, state: State, model: LanguageModel, optimizer: torch.optim.Optimizer) -> None:
         """Copy all that a checkpoint holds and begin to write it; wait for one still under way."""
-        self._settle(retry=state.step)
+        self._settle(state.step, retry=state.step)
         self._step, self._retry = state.step, None
         weights = host_copy(model.weights())
         moments = host_copy(optimizer_tensors(model, optimizer))
@@ -95,11 +95,11 @@ class Checkpointer:
         if self._thread is None:
             return
         if not self._world.sum(torch.tensor(int(self._thread.is_alive()))):
-            self._settle(retry=step + RETRY_STEPS * (self._failures + 1))
+            self._settle(step, retry=step + RETRY_STEPS * (self._failures + 1))
 
     def last(self) -> Path | None:
         """The newest checkpoint that is complete, after one still under way has ended."""
-        self._settle(retry=self._step)
+        self._settle(self._step, retry=self._step)
         return self.saved
 
     def finish(self) -> None:
@@ -110,16 +110,18 @@ class Checkpointer:
 
     def close(self) -> None:
         """Wait for the save under way, whatever has ended the run, and tell where it failed."""
-        self._settle(retry=None)
+        self._settle(self._step, retry=None)
 
-    def _settle(self, *, retry: int | None) -> None:
-        """Wait for the save under way and take note of how it ended."""
+    def _settle(self, step: int, *, retry: int | None) -> None:
+        """Wait for the save under way and, after ``step``, take note of how it ended."""
         save = self._join()
         if save is None or save.error is None:
             return
         self._failures, self._retry = self._failures + 1, retry
         again = "" if retry is None else f"; trying again after step {retry}"
-        self._say(f"the checkpoint of step {save.step} was not saved: {save.error}{again}")
+        self._log.say(f"the checkpoint of step {save.step} was not saved: {save.error}{again}")
+        event = {"event": "checkpoint", "checkpoint": save.step, "error": str(save.error)}
+        self._log.event(step, event)
 
     def _join(self) -> Save | None:
         if self._thread is None:
@@ -128,8 +130,10 @@ class Checkpointer:
         save, self._save, self._thread = self._save, None, None
         assert save is not None
         for note in save.notes:
-            self._say(note)
+            self._log.say(note)
         if save.error is None:
+            if self._failures:
+                self._log.say(f"the checkpoint of step {save.step} is saved")
             self.saved, self._failures = save.folder, 0
         elif not isinstance(save.error, UserError):
             raise save.error

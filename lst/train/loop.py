@@ -164,7 +164,7 @@ def prepare(
         status=status,
         state=state,
         checkpoints=Checkpointer(
-            config, corpus.tokenizer, world, resumed=(checkpoint, state.step), say=log.say
+            config, corpus.tokenizer, world, log, resumed=(checkpoint, state.step)
         ),
     )
 
