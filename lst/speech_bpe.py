@@ -9,6 +9,7 @@ unit is a piece of its own too, so that any sequence can be encoded and none is 
 import hashlib
 import io
 import itertools
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
@@ -16,8 +17,18 @@ from typing import Self
 import numpy as np
 
 from lst.errors import UserError
+from lst.files import Location
 
-__all__ = ["SpeechBPE", "train_speech_bpe"]
+__all__ = [
+    "SPEECH_BPE",
+    "SPEECH_BPE_INFO",
+    "SpeechBPE",
+    "read_speech_bpe",
+    "train_speech_bpe",
+]
+
+SPEECH_BPE = "speech_bpe.model"  # in a corpus, and in a checkpoint
+SPEECH_BPE_INFO = "speech_bpe.json"  # beside it in a corpus: what it was trained on
 
 _FIRST_CHARACTER, _NUM_CHARACTERS = 0x4E00, 20_992  # CJK ideographs: letters, in one plane
 _LONGEST_STRETCH = 4096  # units that the trainer looks at as one: its positions have 16 bits
@@ -54,14 +65,12 @@ class SpeechBPE:
             raise RuntimeError("not a model over speech units")
 
     @classmethod
-    def load(cls, path: Path | str) -> Self:
+    def load(cls, path: Path | str | Location) -> Self:
         """Read a ``.model`` file. Raises UserError where it is missing or not such a file."""
         try:
-            return cls(Path(path).read_bytes())
-        except OSError as error:
-            raise UserError(
-                f"{path}: no speech BPE could be read here ({error.strerror})"
-            ) from None
+            return cls(Location(path).read_bytes())
+        except FileNotFoundError:
+            raise UserError(f"{path}: expected a speech BPE model, got no file") from None
         except RuntimeError:
             raise UserError(
                 f"{path}: expected a SentencePiece model over speech units, got another file"
@@ -101,6 +110,34 @@ class SpeechBPE:
 
     def __reduce__(self) -> tuple[type["SpeechBPE"], tuple[bytes]]:
         return SpeechBPE, (self._model,)
+
+
+def read_speech_bpe(corpus: Location, codebook: str | None) -> SpeechBPE:
+    """The speech BPE of a corpus folder.
+
+    Args:
+        codebook: fingerprint of the units that it is to encode; None to skip the check.
+
+    Raises:
+        UserError: there is none, or it was trained on units of another codebook.
+    """
+    path = corpus / SPEECH_BPE_INFO
+    try:
+        facts = json.loads(path.read_bytes())
+        expected, trained_on = facts["speech_bpe"], facts["codebook"]
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: expected the description of a speech BPE, got no file; "
+            f"make one by python -m lst.prepare speech-bpe {corpus}"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: expected a speech BPE's description, got {error!r}") from None
+    bpe = SpeechBPE.load(corpus / SPEECH_BPE)
+    if bpe.fingerprint != expected:
+        raise UserError(f"{corpus / SPEECH_BPE}: expected {expected}, got {bpe.fingerprint}")
+    if None not in (codebook, trained_on) and trained_on != codebook:
+        raise UserError(f"{path}: expected pieces of codebook {codebook}, got of {trained_on}")
+    return bpe
 
 
 def train_speech_bpe(

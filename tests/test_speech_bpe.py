@@ -112,7 +112,7 @@ def test_the_joint_vocabulary_counts_what_pieces_stand_for(bpe):
 def test_mistakes_are_one_line(bpe, tmp_path):
     with pytest.raises(ValueError, match=r"expected units in \[0, 30\), got 3 to 30"):
         bpe.encode(np.array([3, 30]))
-    with pytest.raises(UserError, match=r"none\.model: no speech BPE could be read here"):
+    with pytest.raises(UserError, match=r"none\.model: expected a speech BPE model, got no file"):
         SpeechBPE.load(tmp_path / "none.model")
     train_tokenizer(["some text"] * 5, tmp_path / "text.model", num_pieces=270)
     (tmp_path / "other.model").write_bytes(b"no model")

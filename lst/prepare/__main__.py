@@ -6,6 +6,7 @@ import tyro
 
 from lst.errors import run_command
 from lst.prepare.demo import DemoConfig, describe, prepare_demo
+from lst.prepare.speech_bpe import SpeechBPEConfig, describe_speech_bpe, prepare_speech_bpe
 
 app = tyro.extras.SubcommandApp()
 
@@ -21,6 +22,12 @@ def demo(config: Annotated[DemoConfig, tyro.conf.arg(name="")]) -> None:
     except KeyboardInterrupt:
         print("\ninterrupted: the same command goes on from here")
         raise SystemExit(130) from None
+
+
+@app.command
+def speech_bpe(config: Annotated[SpeechBPEConfig, tyro.conf.arg(name="")]) -> None:
+    """Train a byte-pair encoding of a corpus's speech, for the BPE baseline (preset demo-bpe)."""
+    print(describe_speech_bpe(config.corpus, prepare_speech_bpe(config)))
 
 
 def main() -> None:

@@ -7,6 +7,7 @@
         optimizer/*.safetensors     AdamW's moments, a file for every rank that wrote some
         config.json                 the run's configuration
         tokenizer.model             or tokenizer.json
+        speech_bpe.model            where speech is in pieces of its own
         state.json                  the rest (State)
         manifest.json               size and SHA-256 of every other file, see manifest.py
 
@@ -39,6 +40,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lst.errors import UserError
 from lst.model import LanguageModel, build_model
+from lst.speech_bpe import SPEECH_BPE, SpeechBPE
 from lst.train.config import TrainConfig, read_config, to_json
 from lst.train.distributed import SharedError, World
 from lst.train.manifest import (
@@ -117,6 +119,8 @@ def save_checkpoint(
                 write_json(temporary / CONFIG, to_json(config))
                 with writing(temporary):
                     tokenizer.save(temporary / tokenizer.file_name)
+                    if state.vocabulary.speech_bpe is not None:
+                        state.vocabulary.speech_bpe.save(temporary / SPEECH_BPE)
                 write_json(temporary / STATE, _state_json(state, lanes))
         hashes = hash_files(temporary, world.gather(file_names(temporary))[0], world)
         with world.together():
@@ -176,7 +180,10 @@ def _state_json(state: State, lanes: dict[int, Any]) -> dict[str, Any]:
         "seen": asdict(state.seen),
         "skipped": state.skipped,
         "skipped_in_a_row": state.skipped_in_a_row,
-        "vocabulary": asdict(state.vocabulary),
+        "vocabulary": {
+            "num_pieces": state.vocabulary.num_pieces,
+            "num_units": state.vocabulary.num_units,
+        },
         "datasets": state.datasets,
         "lanes": {str(lane): lanes[lane] for lane in sorted(lanes)},
     }
@@ -304,7 +311,9 @@ def _warn(message: str) -> None:
 
 def read_state(folder: Path) -> State:
     """Read ``state.json`` of a checkpoint."""
-    path = folder / STATE
+    path, speech_bpe = folder / STATE, None
+    if (folder / SPEECH_BPE).exists():
+        speech_bpe = SpeechBPE.load(folder / SPEECH_BPE)
     try:
         values = json.loads(path.read_text())
         if values["format"] != FORMAT:
@@ -317,7 +326,7 @@ def read_state(folder: Path) -> State:
             skipped=values["skipped"],
             skipped_in_a_row=values["skipped_in_a_row"],
             lanes={int(lane): state for lane, state in values["lanes"].items()},
-            vocabulary=Vocabulary(**values["vocabulary"]),
+            vocabulary=Vocabulary(**values["vocabulary"], speech_bpe=speech_bpe),
             datasets=values["datasets"],
         )
     except (OSError, ValueError, KeyError, TypeError) as error:

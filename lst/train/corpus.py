@@ -6,6 +6,7 @@ from lst.data.loader import DataConfig
 from lst.data.records import Dataset, StoryItem, read_items
 from lst.errors import UserError
 from lst.files import Location
+from lst.speech_bpe import read_speech_bpe
 from lst.train.checkpoint import State
 from lst.vocabulary import Tokenizer, Vocabulary, fingerprint
 
@@ -25,7 +26,7 @@ def open_corpus(config: DataConfig) -> Corpus:
     """Open tokenizer, datasets and stories.
 
     Raises:
-        UserError: one is missing, damaged, or made with another tokenizer or codebook.
+        UserError: one is missing, damaged, or made with another tokenizer, codebook or speech BPE.
     """
     folder = Location(config.corpus)
     if not folder.exists():
@@ -44,6 +45,9 @@ def open_corpus(config: DataConfig) -> Corpus:
     codebooks = {data.info.codebook for data in train.values() if data.info.codebook is not None}
     if len(codebooks) > 1:
         raise UserError(f"{folder}: expected units of one codebook, got {sorted(codebooks)}")
+    speech_bpe = None
+    if config.patching.strategy == "speech-bpe":
+        speech_bpe = read_speech_bpe(folder, next(iter(codebooks), None))
     valid = folder / "valid"
     names = [name for name in valid.folders() if (valid / name / "dataset.json").exists()]
     items = folder / "items"
@@ -52,6 +56,7 @@ def open_corpus(config: DataConfig) -> Corpus:
         vocabulary=Vocabulary(
             num_pieces=tokenizer.num_pieces,
             num_units=max(data.info.num_units for data in train.values()),
+            speech_bpe=speech_bpe,
         ),
         fingerprints={name: data.fingerprint for name, data in train.items()},
         valid={name: Dataset.open(valid / name, **files) for name in names},
