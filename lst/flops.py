@@ -252,6 +252,11 @@ class FlopsConfig:
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise UserError(f"preset: expected one of {', '.join(PRESETS)}, got {self.preset!r}")
+        if PRESETS[self.preset].data.patching.strategy == "speech-bpe":
+            raise UserError(
+                "preset: how many units a speech piece stands for depends on the corpus; expected "
+                f"a preset over units, got {self.preset!r}"
+            )
         for name in ("document_tokens", "num_pieces"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -27,6 +27,13 @@ def _token_level(config: TrainConfig, name: str) -> TrainConfig:
     )
 
 
+def _speech_bpe(config: TrainConfig, name: str) -> TrainConfig:
+    """The token-level run with speech in BPE pieces of several units (paper, section 4.2)."""
+    token_level = _token_level(config, name)
+    patching = PatchingConfig(strategy="speech-bpe")
+    return replace(token_level, data=replace(token_level.data, patching=patching))
+
+
 DEMO = TrainConfig(
     name="demo",
     model=ModelConfig(
@@ -90,10 +97,12 @@ PRESETS: dict[str, TrainConfig] = {
     for preset in (
         DEMO,
         _token_level(DEMO, "demo-baseline"),
+        _speech_bpe(DEMO, "demo-bpe"),
         LST_420M,
         _token_level(LST_420M, "baseline-420m"),
         LST_1B,
         _token_level(LST_1B, "baseline-1b"),
+        _speech_bpe(LST_1B, "bpe-1b"),
         LST_1_8B,
         _token_level(LST_1_8B, "baseline-1.8b"),
         LST_7B,
@@ -104,10 +113,12 @@ PRESETS: dict[str, TrainConfig] = {
 DESCRIPTIONS: dict[str, str] = {
     "demo": "a small LST with curriculum patching, minutes on two CPU cores",
     "demo-baseline": "the same, token by token",
+    "demo-bpe": "the same, token by token, over BPE pieces of speech units",
     "lst-420m": "the paper's smallest size, compute-optimal, curriculum patching",
     "baseline-420m": "the same, token by token",
     "lst-1b": "the paper's 1B model, curriculum patching",
     "baseline-1b": "the paper's 1B token-level baseline",
+    "bpe-1b": "the paper's 1B baseline over 1,000 BPE pieces of speech units",
     "lst-1.8b": "the paper's 1.8B size, compute-optimal, curriculum patching",
     "baseline-1.8b": "the same, token by token",
     "lst-7b": "the paper's 7B size, 25,000 steps of 4 Mi units, curriculum patching",

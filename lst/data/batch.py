@@ -95,6 +95,7 @@ class Batch:
     split: Split | None  # where speech alone passes the local modules
     num_targets: int
     num_speech_targets: int
+    num_units_to_predict: int  # speech units, 25 to the second, that those targets stand for
     num_text_tokens: int  # text pieces; neither specials nor speech
     num_speech_tokens: int  # speech units, 25 to the second; all that a BPE piece stands for
     record_ids: tuple[str, ...]  # of the N documents, the dead one left out
@@ -129,11 +130,17 @@ class Batch:
 def make_batch(
     rows: Sequence[Packed], vocabulary: Vocabulary, plan: PlanConfig, *, step: int
 ) -> Batch:
-    """A training batch: the rows' documents, then a dead document of as many patches as rows."""
-    passing = (vocabulary.is_unit(row.tokens) if plan.splits else row.tokens >= 0 for row in rows)
-    padding = TOKENS_MULTIPLE - sum(int(mask.sum()) for mask in passing) % TOKENS_MULTIPLE
-    dead_lengths = np.zeros(len(rows), np.int32)
-    dead_lengths[-1] = padding
+    """A training batch: the rows' documents, then a dead document of as many patches as rows.
+
+    For a token-level model each of those is a token: it reads as many tokens as there are units.
+    """
+    if plan.local:
+        masks = (vocabulary.is_unit(row.tokens) if plan.splits else row.tokens >= 0 for row in rows)
+        dead_lengths = np.zeros(len(rows), np.int32)
+        dead_lengths[-1] = TOKENS_MULTIPLE - sum(int(m.sum()) for m in masks) % TOKENS_MULTIPLE
+    else:
+        dead_lengths = np.ones(len(rows), np.int32)
+    padding = int(dead_lengths.sum())
     dead = Packed(
         tokens=np.full(padding, PAD, np.int32),
         targets=np.full(padding, IGNORE, np.int32),
@@ -191,6 +198,7 @@ def plan_batch(
         split=split,
         num_targets=int((packed.targets != IGNORE).sum()),
         num_speech_targets=int(speech_targets.sum()),
+        num_units_to_predict=int(vocabulary.num_frames(packed.targets).sum()),
         num_text_tokens=int(vocabulary.is_piece(packed.tokens).sum()),
         num_speech_tokens=int(vocabulary.num_frames(packed.tokens).sum()),
         record_ids=packed.record_ids,

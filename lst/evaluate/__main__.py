@@ -1,7 +1,7 @@
 """``python -m lst.evaluate CHECKPOINT``: score a checkpoint on story completion."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,7 +9,7 @@ import tyro
 
 from lst.data.interleave import Mode
 from lst.data.records import read_items
-from lst.errors import run_command
+from lst.errors import UserError, run_command
 from lst.evaluate.story_completion import format_table, story_completion
 from lst.files import Location
 from lst.train.checkpoint import load_model
@@ -24,6 +24,7 @@ class EvaluateConfig:
     checkpoint: Annotated[Path, tyro.conf.Positional]  # a run folder or one of its checkpoints
     items: Path | None = None  # folder of story items; None: that of the corpus trained on
     modes: tuple[Literal["S2S", "T2T", "S2T", "T2S"], ...] = ("S2S", "T2T")  # prompt to ending
+    boundary_noise_ms: float | None = None  # of aligned patches; None: as in training
     device: str = "cpu"
     json: Path | None = None  # also write the scores to this file
 
@@ -31,6 +32,14 @@ class EvaluateConfig:
 def main() -> None:
     config = tyro.cli(EvaluateConfig, description=__doc__)
     model, trained, vocabulary, tokenizer = load_model(config.checkpoint, config.device)
+    patching = trained.data.patching
+    if config.boundary_noise_ms is not None:
+        if patching.strategy != "aligned":
+            raise UserError(
+                "--boundary-noise-ms: expected a model of aligned patches, got one of strategy "
+                f"{patching.strategy!r}, which is evaluated without an aligner"
+            )
+        patching = replace(patching, boundary_noise_ms=config.boundary_noise_ms)
     items = read_items(config.items or Location(trained.data.corpus) / "items")
     scores = story_completion(
         model.eval(),
@@ -38,7 +47,7 @@ def main() -> None:
         vocabulary,
         tokenizer,
         trained.model.plan(),
-        patching=trained.data.patching,
+        patching=patching,
         modes=[MODES[mode] for mode in config.modes],
         device=config.device,
     )

@@ -53,19 +53,27 @@ class Loss:
     speech: float
     text_targets: int
     speech_targets: int
+    units_to_predict: int  # that the speech targets stand for, 25 to the second
 
     def per_token(self) -> dict[str, float | None]:
-        """``loss``, ``loss_text``, ``loss_speech`` and the same as ``bits``; None: no target."""
+        """``loss``, ``loss_text``, ``loss_speech`` and the same as ``bits``; None: no target.
+
+        ``bits_per_second``, of speech, is the loss to compare models by whose speech tokens are of
+        different lengths. Of a speech BPE it is an upper bound, as other pieces, whose
+        probabilities are not added up, stand for the same units.
+        """
         means = {
             "": _mean(self.text + self.speech, self.text_targets + self.speech_targets),
             "_text": _mean(self.text, self.text_targets),
             "_speech": _mean(self.speech, self.speech_targets),
         }
         nats = {f"loss{part}": mean for part, mean in means.items()}
-        return nats | {
+        bits = {
             f"bits{part}": None if mean is None else mean / math.log(2)
             for part, mean in means.items()
         }
+        seconds_bits = self.speech / math.log(2) * FRAMES_PER_SECOND
+        return nats | bits | {"bits_per_second": _mean(seconds_bits, self.units_to_predict)}
 
 
 def _mean(total: float, number: int) -> float | None:
@@ -78,6 +86,7 @@ class Counts:
 
     targets: int
     speech_targets: int
+    units_to_predict: int  # that those stand for, 25 to the second
     text_tokens: int  # pieces
     speech_units: int  # 25 to the second
     work: flops.Counts  # tokens, units and pairs

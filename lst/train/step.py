@@ -18,15 +18,24 @@ from lst.train.parallel import autocast, reducing
 
 def global_counts(micro_batches: Sequence[Batch], world: World) -> Counts:
     """What the micro-batches of all ranks hold together; asks no GPU."""
-    names = ("num_targets", "num_speech_targets", "num_text_tokens", "num_speech_tokens")
+    names = (
+        "num_targets",
+        "num_speech_targets",
+        "num_units_to_predict",
+        "num_text_tokens",
+        "num_speech_tokens",
+    )
     ours = [sum(getattr(batch, name) for batch in micro_batches) for name in names]
     work = vars(reduce(operator.add, map(batch_counts, micro_batches)))
     # Whole numbers are exact in float64 up to 2^53.
     totals = world.sum(torch.tensor([*ours, *work.values()], dtype=torch.float64)).tolist()
-    targets, speech_targets, text_tokens, speech_units = map(int, totals[: len(ours)])
+    targets, speech_targets, units_to_predict, text_tokens, speech_units = map(
+        int, totals[: len(ours)]
+    )
     return Counts(
         targets=targets,
         speech_targets=speech_targets,
+        units_to_predict=units_to_predict,
         text_tokens=text_tokens,
         speech_units=speech_units,
         work=WorkCounts(**dict(zip(work, totals[len(ours) :], strict=True))),
@@ -102,5 +111,6 @@ def read_step(
         speech=speech,
         text_targets=counts.targets - counts.speech_targets,
         speech_targets=counts.speech_targets,
+        units_to_predict=counts.units_to_predict,
     )
     return loss, grad_norm, stops > 0

@@ -27,7 +27,7 @@ def validate(
     losses = {}
     for name, dataset in corpus.valid.items():
         sums = torch.zeros(2, dtype=torch.float64, device=world.device)
-        targets = speech_targets = 0
+        targets = speech_targets = units_to_predict = 0
         with world.together():
             batches = validation_batches(
                 dataset,
@@ -48,8 +48,9 @@ def validate(
                     sums += loss_sums(model(batch), batch)
                 targets += batch.num_targets
                 speech_targets += batch.num_speech_targets
-        numbers = torch.tensor([targets, speech_targets, int(bool(interrupt))])
-        targets, speech_targets, stops = world.sum(numbers).tolist()
+                units_to_predict += batch.num_units_to_predict
+        numbers = torch.tensor([targets, speech_targets, units_to_predict, int(bool(interrupt))])
+        targets, speech_targets, units_to_predict, stops = world.sum(numbers).tolist()
         if stops:
             return None
         text, speech = world.sum(sums).tolist()
@@ -58,5 +59,6 @@ def validate(
             speech=speech,
             text_targets=targets - speech_targets,
             speech_targets=speech_targets,
+            units_to_predict=units_to_predict,
         )
     return losses

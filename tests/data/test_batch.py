@@ -9,7 +9,8 @@ import torch
 from lst.data.batch import IGNORE, Batch, PlanConfig, make_batch, pack_documents
 from lst.data.interleave import Document
 from lst.data.packing import concatenate, patch_document
-from lst.data.patching import Static
+from lst.data.patching import NoPatching, Static
+from lst.speech_bpe import train_speech_bpe
 from lst.vocabulary import BOS, EOS, PAD, SPEECH, TEXT, Vocabulary
 
 VOCABULARY = Vocabulary(num_pieces=10, num_units=10)
@@ -178,6 +179,15 @@ def test_a_piece_after_a_unit_has_no_owner():
 # --- the rest ---------------------------------------------------------------------------------
 
 
+def test_a_batch_of_the_baseline_has_a_token_for_every_unit():
+    """Whatever their number: of rows of 11 units too, where 33 and 36 are no multiples of 256."""
+    document = patch_document(make_document(2, 5), VOCABULARY, NoPatching())
+    assert len(document.lengths) == 11
+    batch = make_batch([document] * 3, VOCABULARY, PlanConfig(local=False), step=0)
+    assert batch.layout.num_tokens == batch.layout.num_patches == len(batch.tokens) == 36
+    assert (batch.num_tokens, batch.num_units) == (33, 33)
+
+
 def test_counts_are_those_of_the_tokens():
     batch = make_batch(ROWS, VOCABULARY, PLAN, step=0)
     assert batch.num_targets == int((batch.targets != IGNORE).sum())
@@ -186,6 +196,20 @@ def test_counts_are_those_of_the_tokens():
     assert batch.num_speech_tokens == 8 + 5 + 7 + 1 + 9 == batch.num_speech_targets
     units = VOCABULARY.is_unit(batch.targets)
     assert torch.equal(batch.speech_targets, units)
+    assert batch.num_units_to_predict == batch.num_speech_targets
+
+
+def test_speech_pieces_count_as_the_units_that_they_stand_for():
+    units = np.tile([1, 1, 1, 2, 2], 20)
+    bpe = train_speech_bpe([units], num_units=10, num_pieces=16)
+    vocabulary = Vocabulary(num_pieces=10, num_units=10, speech_bpe=bpe)
+    ids = vocabulary.encode_units(units)
+    tokens = np.concatenate(([BOS, SPEECH], ids, [EOS])).astype(np.int32)
+    document = Document(tokens, np.zeros((0, 2), np.int32), (), 0, True, "r")
+    batch = pack_documents([document], vocabulary, NoPatching(), PlanConfig(local=False))
+    assert batch.num_speech_targets == len(ids) < 50
+    assert (batch.num_speech_tokens, batch.num_units_to_predict) == (100, 100)
+    assert batch.num_units == batch.num_tokens == len(ids) + 3
 
 
 def test_documents_for_evaluation_have_no_dead_tail():

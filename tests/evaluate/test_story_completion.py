@@ -10,6 +10,7 @@ from lst.data.patching import PatchingConfig
 from lst.data.records import Record, StoryItem
 from lst.evaluate import format_table, story_completion
 from lst.evaluate.story_completion import wilson_interval
+from lst.speech_bpe import train_speech_bpe
 from lst.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary(num_pieces=26, num_units=20)
@@ -26,9 +27,9 @@ class Letters:
 class Priced(nn.Module):
     """Says that the loss of a token is its price, whatever came before."""
 
-    def __init__(self, prices: dict[int, float]) -> None:
+    def __init__(self, prices: dict[int, float], vocabulary: Vocabulary = VOCABULARY) -> None:
         super().__init__()
-        self.prices = torch.ones(VOCABULARY.size, dtype=torch.float64)
+        self.prices = torch.ones(vocabulary.size, dtype=torch.float64)
         for token, price in prices.items():
             self.prices[token] = price
 
@@ -140,3 +141,30 @@ def test_table_names_task_mode_items_and_interval():
     table = format_table(list(scores(Priced({}), [item("a", ["b", "c"], 0)]).values()))
     assert "| storycloze | S→S | sum | 1 | 50.0 |" in table
     assert table.count("\n") == 5
+
+
+def test_speech_pieces_are_scored_on_the_same_speech():
+    """The sum is over pieces; per token it is divided by the units that they stand for."""
+    runs = np.tile([1, 1, 1, 1, 2, 3], 30)
+    bpe = train_speech_bpe([runs], num_units=20, num_pieces=24)
+    vocabulary = Vocabulary(num_pieces=26, num_units=20, speech_bpe=bpe)
+
+    def spoken(text, units):
+        return StoryItem("i", "storycloze", record("p", [2, 1]), tuple(map(record, text, units)), 0)
+
+    # The true ending is one piece of four units, the other one of two pieces, each of one.
+    question = spoken(["a", "b"], [[1, 1, 1, 1], [5, 6]])
+    lengths = [len(vocabulary.encode_units(ending.units)) for ending in question.endings]
+    assert lengths == [1, 2]
+    (true,) = vocabulary.encode_units(question.endings[0].units)
+    prices = {int(true): 3.0}  # more than two pieces at 1, but less per unit
+    scores = story_completion(
+        Priced(prices, vocabulary),
+        [question],
+        vocabulary,
+        Letters(),
+        PlanConfig(local=False),
+        patching=PatchingConfig(strategy="speech-bpe"),
+        modes=("S→S",),
+    )
+    assert {score.measure: score.accuracy for score in scores} == {"sum": 0, "per token": 1}

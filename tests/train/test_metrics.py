@@ -39,14 +39,24 @@ init = Run
 
 
 def test_a_loss_is_a_mean_over_targets_in_nats_and_in_bits() -> None:
-    loss = Loss(text=6 * math.log(2), speech=2 * math.log(2), text_targets=3, speech_targets=1)
+    loss = Loss(
+        text=6 * math.log(2),
+        speech=2 * math.log(2),
+        text_targets=3,
+        speech_targets=1,
+        units_to_predict=5,
+    )
     got = loss.per_token()
     assert [got[name] for name in ("bits", "bits_text", "bits_speech")] == pytest.approx([2, 2, 2])
     assert got["loss"] == pytest.approx(2 * math.log(2))
+    # The one speech target is a piece of 5 units: 2 bits in a fifth of a second.
+    assert got["bits_per_second"] == pytest.approx(10)
 
 
 def test_a_modality_without_targets_has_no_loss() -> None:
-    got = Loss(text=3.0, speech=0.0, text_targets=2, speech_targets=0).per_token()
+    got = Loss(
+        text=3.0, speech=0.0, text_targets=2, speech_targets=0, units_to_predict=0
+    ).per_token()
     assert (got["loss"], got["loss_text"], got["loss_speech"], got["bits_speech"]) == (
         1.5,
         1.5,
@@ -132,7 +142,7 @@ def test_a_full_disk_keeps_lines_waiting_and_says_so_once(
     log = MetricsLog(
         config, step=0, seconds=0.0, seen=Seen(), peak=None, num_devices=1, active=True
     )
-    loss = Loss(text=1.0, speech=2.0, text_targets=1, speech_targets=1)
+    loss = Loss(text=1.0, speech=2.0, text_targets=1, speech_targets=1, units_to_predict=1)
 
     def step(number: int) -> None:
         seen = Seen(tokens=number)
