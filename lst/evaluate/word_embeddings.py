@@ -78,7 +78,7 @@ def word_embeddings(
     words: list[str] = []
     read: list[torch.Tensor] = []
     # Whatever the model, what its global transformer is given is a row for every patch.
-    hook = model.global_transformer.register_forward_pre_hook(
+    hook = model.get_submodule("global_transformer").register_forward_pre_hook(
         lambda _, given: read.append(given[0])
     )
     try:
@@ -168,7 +168,9 @@ def draw(vectors: np.ndarray, words: Sequence[str], chosen: Mapping[str, str], p
     for color, category in enumerate(dict.fromkeys(chosen.values())):
         members = [word for word in chosen if chosen[word] == category]
         at = places[np.isin(spoken, members)]
-        axes.scatter(*at.T, s=12, color=f"C{color}", alpha=0.6, label=category, linewidths=0)
+        axes.scatter(
+            at[:, 0], at[:, 1], s=12, color=f"C{color}", alpha=0.6, label=category, linewidths=0
+        )
         for word in members:
             axes.annotate(word, np.median(places[spoken == word], axis=0), fontsize=8, ha="center")
     axes.legend()
