@@ -12,6 +12,7 @@ from lst.errors import UserError, run_command
 from lst.presets import DESCRIPTIONS, PRESETS
 from lst.train.config import TrainConfig
 from lst.train.distributed import SharedError, launched_rank
+from lst.train.dry_run import dry_run
 from lst.train.loop import train
 from lst.train.run_folder import holds_run, read_run_config
 
@@ -25,10 +26,17 @@ class Command:
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     resume: str | None = None  # go on with the run in this folder; auto: in --out, or start it
+    dry_run: bool = False  # print what the run would take, and train nothing
+    gpus: int | None = None  # of --dry-run; None: as many as torchrun starts processes, or 1
+
+    def __post_init__(self) -> None:
+        if self.gpus is not None and (not self.dry_run or self.gpus < 1):
+            asked = f"{self.gpus}{'' if self.dry_run else ' without --dry-run'}"
+            raise UserError(f"--gpus: expected 1 or more, of a --dry-run, got {asked}")
 
 
-def parse(arguments: list[str]) -> tuple[TrainConfig, bool]:
-    """The configuration that a command line asks for, and whether it resumes a run.
+def parse(arguments: list[str]) -> Command:
+    """What a command line asks for; its ``resume`` is None where it starts a run.
 
     Raises:
         UserError: no such preset; no run to resume.
@@ -56,7 +64,7 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, bool]:
         raise UserError(
             f"--out: a run goes on in its own folder, {started.out}; got {command.config.out}"
         )
-    return command.config, started is not None
+    return replace(command, resume=None if resumed is None else str(resumed))
 
 
 def _resumed_folder(options: list[str], out: Path) -> Path | None:
@@ -97,10 +105,14 @@ def _description() -> str:
 def main() -> None:
     try:
         try:
-            config, resume = parse(sys.argv[1:])
+            command = parse(sys.argv[1:])
+            plan = dry_run(command.config, command.gpus) if command.dry_run else None
         except UserError as error:  # every rank parses the same command line
             raise SharedError(str(error)) from None
-        train(config, resume=resume)
+        if plan is None:
+            train(command.config, resume=command.resume is not None)
+        elif launched_rank() == 0:
+            print(plan)
     except (SharedError, SystemExit) as error:
         if launched_rank() == 0 or (isinstance(error, SystemExit) and not error.code):
             raise

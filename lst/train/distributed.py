@@ -92,6 +92,11 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def launched_processes() -> int:
+    """How many processes torchrun started in all; 1 for one started plainly."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def processes_of_a_machine() -> int:
     """How many processes torchrun started on this machine; 1 for one started plainly."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -104,7 +109,7 @@ def start_world(device: str) -> Iterator[World]:
     Args:
         device: "cpu", "cuda" or "auto" (cuda where there is one).
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = launched_processes()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     world = World(launched_rank(), size, _device(device, local_rank))
     with ExitStack() as stack:

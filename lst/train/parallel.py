@@ -84,14 +84,24 @@ def make_mesh(strategy: str, config: ParallelConfig, world: World) -> DeviceMesh
     device = world.device.type
     if strategy == "fsdp":
         return init_device_mesh(device, (world.size,), mesh_dim_names=("shard",))
-    replicas = config.replicas or max(1, world.size // processes_of_a_machine())
-    if world.size % replicas:
-        raise SharedError(
-            f"--parallel.replicas: expected a number that divides the {world.size} processes, "
-            f"got {replicas}"
-        )
+    replicas = num_replicas(config, world.size)
     shape = (replicas, world.size // replicas)
     return init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def num_replicas(config: ParallelConfig, processes: int) -> int:
+    """Groups of processes that each hold the whole model under ``hsdp``.
+
+    Raises:
+        SharedError: they do not divide the processes.
+    """
+    replicas = config.replicas or max(1, processes // processes_of_a_machine())
+    if processes % replicas:
+        raise SharedError(
+            f"--parallel.replicas: expected a number that divides the {processes} processes, "
+            f"got {replicas}"
+        )
+    return replicas
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

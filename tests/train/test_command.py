@@ -11,7 +11,7 @@ import pytest
 
 from lst.errors import run_command
 from lst.presets import DESCRIPTIONS, PRESETS
-from lst.train.__main__ import main, parse
+from lst.train.__main__ import Command, main, parse
 from lst.train.checkpoint import newest_checkpoint
 from lst.train.config import TrainConfig, to_json
 from lst.train.loop import train
@@ -31,17 +31,17 @@ def call(monkeypatch: pytest.MonkeyPatch, *options: object) -> int:
 
 
 def test_without_a_preset_it_is_the_demo() -> None:
-    assert parse([]) == (PRESETS["demo"], False)
+    assert parse([]) == Command(config=PRESETS["demo"])
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_taken_by_its_name(name: str) -> None:
-    assert parse([name]) == (PRESETS[name], False)
+    assert parse([name]) == Command(config=PRESETS[name])
 
 
 def test_options_change_a_preset() -> None:
     options = "demo-baseline --steps 7 --optimizer.lr 0.5 --data.rows 8 --no-evaluate --out x"
-    config, _ = parse(options.split())
+    config = parse(options.split()).config
     assert config.name == "demo-baseline"
     assert (config.steps, config.optimizer.lr, config.data.rows) == (7, 0.5, 8)
     assert (config.evaluate, config.out) == (False, Path("x"))
@@ -82,6 +82,8 @@ def test_mistakes_leave_with_code_2_and_one_line(
             f"preset: expected one of {', '.join(PRESETS)}, got 'demo2'",
         ),
         (["--steps", "0"], "--steps: expected 1 or more, got 0"),
+        (["--gpus", "2"], "--gpus: expected 1 or more, of a --dry-run, got 2 without --dry-run"),
+        (["--dry-run", "--gpus", "3"], "data: expected rows that divide by 3 processes × 1 micro-"),
         (["--data.corpus", tmp_path / "no"], f"{tmp_path / 'no'}: expected a corpus folder, got"),
         (["--resume", tmp_path / "no"], f"{tmp_path / 'no'}: expected a run folder to resume, got"),
         (["--resume", empty], f"{empty}: expected a run folder to resume, got one without config"),
@@ -125,10 +127,11 @@ def test_a_run_is_resumed_by_its_folder_alone_and_told_of_more_often(tiny: Tiny)
     train(run)
     moved = run.out.with_name("moved")
     run.out.rename(moved)
-    config, resume = parse(["--resume", str(moved), "--log-every", "5"])
-    assert resume
+    command = parse(["--resume", str(moved), "--log-every", "5"])
+    assert command.resume == str(moved)
+    config = command.config
     assert (config.out, config.log_every, config.model) == (moved, 5, run.model)
-    assert parse([f"--resume={moved}"])[0].out == moved
+    assert parse([f"--resume={moved}"]).config.out == moved
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -140,15 +143,16 @@ def test_resume_auto_starts_a_run_and_goes_on_with_it(
     monkeypatch.setitem(PRESETS, "tiny", run)
     monkeypatch.setitem(DESCRIPTIONS, "tiny", "a run of a second")
     command = ["tiny", "--resume", "auto", "--out", str(run.out), "--steps", "2"]
-    assert parse(command) == (replace(run, steps=2), False)
+    assert parse(command) == Command(config=replace(run, steps=2))
     assert call(monkeypatch, *command) == 0
     assert "going on from" not in capsys.readouterr().out
 
     (newest,) = (run.out / "checkpoints").iterdir()
-    assert parse(command) == (replace(run, steps=2), True)
+    going_on = Command(config=replace(run, steps=2), resume=str(run.out))
+    assert parse(command) == going_on
     assert call(monkeypatch, *command) == 0
     assert f"{run.out}: going on from {newest}\n" in capsys.readouterr().out
-    assert parse(["--resume=auto", f"--out={run.out}"]) == (replace(run, steps=2), True)
+    assert parse(["--resume=auto", f"--out={run.out}"]) == going_on
 
     newest.rename(newest.with_name(f".{newest.name}.tmp"))  # as if killed in its first save
     assert call(monkeypatch, *command) == 0

@@ -24,6 +24,7 @@ from lst.model import ModelConfig, build_model
 from lst.train.checkpoint import load_model
 from lst.train.config import ParallelConfig, TrainConfig, to_json
 from lst.train.distributed import SharedError, World
+from lst.train.dry_run import own_parameters
 from lst.train.loop import train
 from lst.train.parallel import (
     DDP_PARAMETERS,
@@ -185,7 +186,9 @@ def test_a_rank_holds_its_part_under_the_models_own_names(ranks: Ranks) -> None:
         }
         assert seen["ddp"]["held"] == seen["hsdp"]["held"] == total
         assert seen["fsdp"]["held"] == pytest.approx(total / 2, rel=0.01)
-    assert sum(seen["fsdp"]["held"] for seen in ranks.seen) == total
+    held = [seen["fsdp"]["held"] for seen in ranks.seen]
+    assert sum(held) == total
+    assert max(held) == own_parameters(model, 2)
 
 
 @pytest.mark.parametrize("architecture", ["lst", "token"])
