@@ -596,7 +596,8 @@ def _read_table(folder: Location, shard: ShardInfo, schema: pa.Schema) -> pa.Tab
     if digest != shard.sha256:
         raise UserError(f"{path}: expected content of SHA-256 {shard.sha256}, got {digest}")
     # One thread: loader workers already take a core each, and forked threads do not survive.
-    table = pq.read_table(pa.BufferReader(content), use_threads=False)
+    # Nor pq.read_table: its pool of threads, where torch is loaded too, often aborts at exit.
+    table = pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False)
     if table.num_rows != shard.rows or not table.schema.equals(schema):
         raise UserError(
             f"{path}: expected {shard.rows} rows of {schema.names}, "

@@ -40,6 +40,8 @@ from lst.data.records import (
     write_items,
 )
 from lst.errors import UserError
+from lst.prepare.files import write_json
+from lst.prepare.stats import word_lengths
 from lst.prepare.stories import BLOCK_SIZE, Story, generate_stories, story_questions
 from lst.speech.synthesis import (
     HELD_OUT_VOICE,
@@ -114,7 +116,7 @@ def prepare_demo(config: DemoConfig) -> Path:
             _make_validation(config, codebook, tokenizer, studio)
             _make_items(config, codebook, tokenizer, studio)
         facts = {"settings": config.settings, **_facts(out, tokenizer)}
-        _write_json(out / "corpus.json", {**facts, "seconds": round(time.monotonic() - began, 1)})
+        write_json(out / "corpus.json", {**facts, "seconds": round(time.monotonic() - began, 1)})
     shutil.rmtree(work, ignore_errors=True)
     return out
 
@@ -150,7 +152,7 @@ def _claim(config: DemoConfig) -> bool:
             if out.is_dir() and any(path.name != "work" for path in out.iterdir()):
                 raise UserError(f"--out {out}: expected an empty or absent folder, got other files")
             begun.parent.mkdir(parents=True, exist_ok=True)
-            _write_json(begun, {"settings": config.settings})
+            write_json(begun, {"settings": config.settings})
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
     return False
@@ -169,12 +171,6 @@ def _check_settings(path: Path, config: DemoConfig) -> None:
             f"--out {config.out}: holds a corpus of {differences}; "
             "choose another --out or remove the folder"
         )
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)
 
 
 def _is_dataset(folder: Path) -> bool:
@@ -500,20 +496,8 @@ def _facts(out: Path, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _word_and_silence_lengths(dataset: Dataset) -> dict[str, float]:
-    word_lengths: list[int] = []
-    silence_lengths: list[int] = []
-    for row in range(len(dataset)):
-        record = dataset[row]
-        assert record.units is not None
-        assert record.words is not None
-        end = 0
-        for word in record.words:
-            silence_lengths.append(word.start - end)
-            word_lengths.append(word.stop - word.start)
-            end = word.stop
-        silence_lengths.append(len(record.units) - end)
-    silences = [length for length in silence_lengths if length]
+    means = word_lengths(dataset[row] for row in range(len(dataset))).means
     return {
-        "frames_per_word": round(sum(word_lengths) / len(word_lengths), 2),
-        "frames_per_silence": round(sum(silences) / max(1, len(silences)), 2),
+        "frames_per_word": round(means["word"], 2),
+        "frames_per_silence": round(means["silence"], 2),
     }

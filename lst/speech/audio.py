@@ -70,11 +70,14 @@ class AudioReader:
         return -(-self._num_source_samples * self._up // self._down)
 
     @classmethod
-    def open(cls, path: Path | str) -> Self:
+    def open(cls, path: Path | str, channels: Sequence[int] | None = None) -> Self:
         """Open a file that libsndfile reads.
 
+        Args:
+            channels: those to take the mean of; None for all.
+
         Raises:
-            AudioError: no such file, not audio, cut short, or no samples in it.
+            AudioError: no such file, not audio, cut short, no samples or no such channel in it.
             UserError: soundfile is not installed.
         """
         try:
@@ -93,11 +96,14 @@ class AudioReader:
         missing = _missing_end(file.extra_info)
         if missing:
             raise AudioError(f"{path}: cut short ({missing})")
+        columns = list(range(file.channels) if channels is None else channels)
+        if not columns or not set(columns) <= set(range(file.channels)):
+            raise AudioError(f"{path}: expected channels {columns}, got {file.channels} channels")
 
         def read_source(start: int, stop: int) -> np.ndarray:
             try:
                 file.seek(start)
-                return file.read(stop - start, dtype="float32", always_2d=True)
+                return file.read(stop - start, dtype="float32", always_2d=True)[:, columns]
             except (soundfile.SoundFileError, OSError) as error:
                 raise AudioError(f"{path}: damaged ({_one_line(error)})") from None
 
@@ -185,6 +191,8 @@ def sample_range(audio: AudioReader, start: float, duration: float | None) -> tu
     Raises:
         AudioError: the range is empty or outside of the audio.
     """
+    if not np.isfinite([start, duration or 0.0]).all():
+        raise AudioError(f"{audio.name}: expected seconds, got {start} and {duration}")
     first = round(start * SAMPLE_RATE)
     stop = audio.num_samples if duration is None else round((start + duration) * SAMPLE_RATE)
     if stop <= audio.num_samples + SAMPLE_RATE // 25:

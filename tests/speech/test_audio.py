@@ -41,6 +41,9 @@ def test_channels_are_averaged(tmp_path):
     left, right = noise(4000, 1), noise(4000, 2)
     soundfile.write(tmp_path / "two.wav", np.stack([left, right], 1), 16_000, subtype="FLOAT")
     np.testing.assert_allclose(read_audio(tmp_path / "two.wav"), (left + right) / 2, atol=1e-7)
+    np.testing.assert_array_equal(AudioReader.open(tmp_path / "two.wav", [1]).read(), right)
+    with pytest.raises(AudioError, match=r"two\.wav: expected channels \[2\], got 2 channels"):
+        AudioReader.open(tmp_path / "two.wav", [2])
 
 
 @settings(deadline=None, derandomize=True, max_examples=60)

@@ -1,0 +1,546 @@
+"""``python -m lst.prepare corpus``: audio and transcripts, or text, to a dataset of records.
+
+::
+
+    OUT/plan.json                  what it is made from and with; written before anything else
+        work/inputs-00000.jsonl    the inputs of a shard
+        work/journal-00000.jsonl   what came of those done so far, a line each
+        shard-00000.parquet        their records
+        work/shard-00000.json      what came of the shard; where it is, the shard is done
+        skipped.jsonl              everything that is no record, and why
+        dataset.json               written last; work is removed then
+
+Shards are dealt out to ranks in turn. Whatever is stopped, and however, goes on by the same
+command: shards that are done are not done again, one that was under way goes on after its last
+input, and no two processes write the same shard. The content does not depend on how many ranks
+there were or how often they were stopped. The rank that finds all shards done makes the dataset.
+"""
+
+import fcntl
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from lst.data.records import (
+    FRAMES_PER_SECOND,
+    Record,
+    ShardInfo,
+    Span,
+    Word,
+    WrittenShard,
+    join_shards,
+    validate_record,
+    write_shard,
+)
+from lst.errors import UserError
+from lst.prepare.authors import AUTHORS_CODEBOOK, AUTHORS_UNITS, authors_records
+from lst.prepare.files import write_atomically, write_json, writing
+from lst.prepare.outcomes import Outcome, Skipped
+from lst.prepare.sources import (
+    Input,
+    Part,
+    Sources,
+    Utterance,
+    fingerprint,
+    from_json,
+    list_inputs,
+    source_kind,
+    to_json,
+)
+from lst.prepare.speech import Studio
+from lst.prepare.text import text_records
+from lst.speech.units import UnitEncoder, UnitsConfig, load_units
+
+__all__ = ["CorpusConfig", "Made", "describe_corpus", "is_made", "plan_corpus", "prepare_corpus"]
+
+FORMAT = 1  # of plan.json
+ENOUGH_SEEN = 1000  # records and skipped ones after which their share may stop a job under way
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig(Sources):
+    """What to prepare, with what, and how to share the work."""
+
+    out: Path  # the dataset's folder, such as data/corpus/train/librispeech
+    codebook: Path | None = None  # of the speech units; needed for audio
+    hubert: str | None = None  # HuBERT that the codebook is of: a folder or a hub name
+    layer: int | None = None  # of HuBERT
+    allow_pickle: bool = False  # read a codebook of joblib, which runs the code in it
+    aligner: str | None = None  # wav2vec 2.0 CTC, folder or hub name: finds word times none give
+    device: str = "cpu"  # where HuBERT and the aligner run
+    untranscribed: bool = False  # keep audio that has no transcript, as units alone
+    source: str | None = None  # the corpus' name in each record; by default that of the folder
+    shard_inputs: int = 1024  # utterances a shard; of text, parts of 32 MB: always one
+    max_skipped_share: float = 0.01  # more that is unfit than this stops the job
+    rank: int = 0  # of this process
+    world_size: int = 1  # processes that share the work, each started with its rank
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world_size:
+            raise UserError(
+                f"--rank {self.rank}: expected one in [0, {self.world_size}), the --world-size"
+            )
+        if self.shard_inputs < 1:
+            raise UserError(f"--shard-inputs: expected 1 or more, got {self.shard_inputs}")
+        if not 0 <= self.max_skipped_share <= 1:
+            raise UserError(
+                f"--max-skipped-share: expected a share in [0, 1], got {self.max_skipped_share}"
+            )
+        kind = source_kind(self)
+        if (self.codebook is None) == (kind not in ("text", "authors")):
+            raise UserError(
+                f"--{kind}: expected a --codebook to make units with; python -m lst.prepare units "
+                "fits one"
+                if self.codebook is None
+                else f"--{kind}: its records need no --codebook"
+            )
+        if self.codebook is None and (self.hubert or self.layer is not None or self.aligner):
+            raise UserError(f"--{kind}: its records need no --hubert, --layer or --aligner")
+        _ = self.units  # checks that its options go together
+
+    @property
+    def units(self) -> UnitsConfig | None:
+        if self.codebook is None:
+            return None
+        return UnitsConfig(
+            codebook=self.codebook,
+            hubert=self.hubert,
+            layer=self.layer,
+            allow_pickle=self.allow_pickle,
+            device=self.device,
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What ``plan.json`` says.
+
+    Attributes:
+        settings: what the content depends on.
+        result: counts of what came of it; None until the dataset is made.
+    """
+
+    settings: dict[str, Any]
+    num_inputs: int
+    num_shards: int
+    result: dict[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """What came of a shard: the file, unless nothing in it was fit to be a record, and the rest."""
+
+    shard: WrittenShard | None
+    num_inputs: int
+    num_unaligned: int  # records with text and units and no words
+    skipped: list[Skipped] = field(default_factory=list)
+
+    @property
+    def num_records(self) -> int:
+        return 0 if self.shard is None else self.shard.info.rows
+
+    @property
+    def num_frames(self) -> int:
+        return 0 if self.shard is None else self.shard.num_frames
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a call has made: the records of its shards, and the dataset unless other ranks have not
+    done theirs."""
+
+    dataset: bool
+    num_records: int
+    num_frames: int
+    num_skipped: int
+
+    @classmethod
+    def of(cls, dataset: bool, reports: "list[ShardReport]") -> "Made":
+        return cls(
+            dataset=dataset,
+            num_records=sum(report.num_records for report in reports),
+            num_frames=sum(report.num_frames for report in reports),
+            num_skipped=sum(len(report.skipped) for report in reports),
+        )
+
+
+def prepare_corpus(config: CorpusConfig) -> Made:
+    """Do this rank's share, and make the dataset where all shards are done.
+
+    Raises:
+        UserError: bad options or manifests; a folder that holds something else; more skipped than
+            ``max_skipped_share``. What is prepared until then is kept.
+    """
+    plan = plan_corpus(config)
+    if is_made(config):
+        shutil.rmtree(_work(config), ignore_errors=True)  # its maker may have been killed here
+        return Made.of(True, [])
+    work = _work(config)
+    indices = range(config.rank, plan.num_shards, config.world_size)
+    todo = [index for index in indices if not _report_path(work, index).is_file()]
+    before = [_read_report(work, index) for index in indices if index not in set(todo)]
+    made: list[ShardReport] = []
+    if todo:
+        maker = _Maker.of(config)
+        total = min(plan.num_inputs, len(todo) * config.shard_inputs)
+        with tqdm(total=total, desc=config.out.name, unit="in", disable=None) as bar:
+            for index in todo:
+                _check_share(config, before + made, enough=ENOUGH_SEEN)
+                made.append(_make_shard(config, maker, index, bar))
+    return Made.of(_join(config, plan), made)
+
+
+def describe_corpus(out: Path) -> str:
+    """A line on what is in a folder that :func:`prepare_corpus` has made."""
+    result = _read_plan(out).result
+    assert result is not None
+    line = f"{out}: {result['records']:,} records"
+    if result["frames"]:
+        line += f", {result['frames'] / FRAMES_PER_SECOND / 3600:,.2f} hours"
+    if result["unaligned"]:
+        line += f", {result['unaligned']:,} of them without word times"
+    if result["skipped"]:
+        line += f"; {result['skipped']:,} skipped, listed in {out / SKIPPED}"
+    return line
+
+
+# The plan -----------------------------------------------------------------------------------------
+
+PLAN, DATASET, SKIPPED = "plan.json", "dataset.json", "skipped.jsonl"
+SKIPPED_OF_RANK = "skipped-rank-{}.jsonl"  # of one that stopped over them
+
+
+def plan_corpus(config: CorpusConfig) -> Plan:
+    """List the inputs of every shard, or check that the plan in the folder is the same.
+
+    Any number of processes may plan at once: they write the same.
+
+    Raises:
+        UserError: see :func:`prepare_corpus`.
+    """
+    settings = _settings(config)
+    if (config.out / PLAN).is_file():
+        plan = _read_plan(config.out)
+        changed = [name for name in settings if plan.settings.get(name) != settings[name]]
+        if changed:
+            raise UserError(
+                f"--out {config.out}: was begun with another {', '.join(changed)}; choose another "
+                "--out or remove the folder"
+            )
+        return plan
+    known = re.compile(r"work|plan\.json.*")
+    others = [path.name for path in config.out.glob("*") if not known.fullmatch(path.name)]
+    if others and not (config.out / PLAN).is_file():  # another rank may have planned since
+        raise UserError(
+            f"--out {config.out}: expected an empty or absent folder, got {min(others)} in it"
+        )
+    inputs = _with_unique_ids(list_inputs(config))
+    num_inputs = num_shards = 0
+    while lines := [to_json(each) for each in islice(inputs, _shard_inputs(config))]:
+        write_atomically(_inputs_path(_work(config), num_shards), "\n".join(lines) + "\n")
+        num_inputs += len(lines)
+        num_shards += 1
+    if not num_inputs:
+        raise UserError(f"--{source_kind(config)}: expected something to prepare, got nothing")
+    plan = Plan(settings, num_inputs, num_shards)
+    write_json(config.out / PLAN, {"format": FORMAT, **asdict(plan)})
+    return plan
+
+
+def _settings(config: CorpusConfig) -> dict[str, Any]:
+    return {
+        **fingerprint(config),
+        "codebook": None if config.units is None else _encoder(config.units).fingerprint,
+        "aligner": config.aligner,
+        "untranscribed": config.untranscribed,
+        "source": _source(config),
+        "shard_inputs": _shard_inputs(config),
+    }
+
+
+def _source(config: CorpusConfig) -> str:
+    return config.source or config.out.name
+
+
+def _shard_inputs(config: CorpusConfig) -> int:
+    return 1 if source_kind(config) in ("text", "authors") else config.shard_inputs
+
+
+@cache
+def _encoder(units: UnitsConfig) -> UnitEncoder:
+    return load_units(units)
+
+
+def _with_unique_ids(inputs: Iterator[Input]) -> Iterator[Input]:
+    """Raises UserError at the second input of one id; a part of a text has name and start."""
+    seen: set[int] = set()
+    for each in inputs:
+        if isinstance(each, Part):
+            identity, where = f"{each.name}:{each.start}", each.path
+        else:
+            identity, where = each.id, each.where
+        num_before = len(seen)
+        seen.add(hash(identity))  # 64 bits: 10^7 ids collide by chance in 3 of 10^6 corpora
+        if len(seen) == num_before:
+            raise UserError(f"{where}: its name {identity!r} is another input's as well")
+        yield each
+
+
+def _read_plan(out: Path) -> Plan:
+    path = out / PLAN
+    try:
+        facts = json.loads(path.read_text())
+        if facts.pop("format") != FORMAT:
+            raise ValueError("another format")
+        return Plan(**facts)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: expected the plan of a corpus, got {error!r}") from None
+
+
+def _work(config: CorpusConfig) -> Path:
+    return config.out / "work"
+
+
+def _inputs_path(work: Path, index: int) -> Path:
+    return work / f"inputs-{index:05d}.jsonl"
+
+
+def _report_path(work: Path, index: int) -> Path:
+    return work / f"shard-{index:05d}.json"
+
+
+# A shard ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Makes records of inputs."""
+
+    kind: str
+    source: str
+    num_units: int
+    studio: Studio | None
+
+    @classmethod
+    def of(cls, config: CorpusConfig) -> "_Maker":
+        kind, source = source_kind(config), _source(config)
+        studio = None
+        if config.units is not None:
+            aligner = None
+            if config.aligner is not None:
+                from lst.speech.alignment import CTCAligner
+
+                aligner = CTCAligner.load(config.aligner, device=config.device)
+            studio = Studio(_encoder(config.units), aligner, config.untranscribed, source)
+        return cls(kind, source, _num_units(config), studio)
+
+    def make(self, each: Input) -> list[Outcome]:
+        if isinstance(each, Utterance):
+            assert self.studio is not None
+            return [self._checked(self.studio.prepare(each), each.where)]
+        read = text_records if self.kind == "text" else authors_records
+        return [self._checked(outcome, each.path) for outcome in read(each, self.source)]
+
+    def _checked(self, outcome: Outcome, where: str) -> Outcome:
+        if isinstance(outcome, Skipped):
+            return outcome
+        try:
+            validate_record(outcome, self.num_units, where)
+            for text in (outcome.id, outcome.text or "", outcome.speaker or ""):
+                text.encode()  # half a surrogate pair, which JSON can hold and Parquet cannot
+        except (UserError, UnicodeEncodeError) as error:
+            return Skipped(where, f"record {outcome.id!r}: {error}")
+        return outcome
+
+
+def _num_units(config: CorpusConfig) -> int:
+    if config.units is not None:
+        return _encoder(config.units).num_units
+    return AUTHORS_UNITS if source_kind(config) == "authors" else 0
+
+
+def _make_shard(config: CorpusConfig, maker: _Maker, index: int, bar: Any) -> ShardReport:
+    work = _work(config)
+    path = _inputs_path(work, index)
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    journal_path = work / f"journal-{index:05d}.jsonl"
+    with _journal(journal_path) as (outcomes, file):
+        bar.update(len(outcomes))
+        for line in lines[len(outcomes) :]:
+            outcomes.append(maker.make(from_json(maker.kind, line)))
+            if len(outcomes) < len(lines):  # the shard itself follows the last one
+                entry = json.dumps([_outcome_json(each) for each in outcomes[-1]]) + "\n"
+                with writing(journal_path):
+                    file.write(entry.encode())
+                    file.flush()
+            bar.update()
+        found = [each for outcome in outcomes for each in outcome]
+        records = [each for each in found if isinstance(each, Record)]
+        with writing(config.out):
+            shard = write_shard(config.out, index, records, num_units=maker.num_units)
+        report = ShardReport(
+            shard=shard if records else None,
+            num_inputs=len(lines),
+            num_unaligned=sum(
+                each.words is None and each.text is not None and each.units is not None
+                for each in records
+            ),
+            skipped=[each for each in found if isinstance(each, Skipped)],
+        )
+        write_json(_report_path(work, index), asdict(report))
+        journal_path.unlink()
+    return report
+
+
+@contextmanager
+def _journal(path: Path) -> Iterator[tuple[list[list[Outcome]], BinaryIO]]:
+    """(what came of the inputs so far, a file to add to), locked against other processes.
+
+    What a killed process left unfinished at its end is dropped.
+    """
+    with writing(path):
+        file = path.open("a+b")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{path}: another process is at this shard; start each rank once"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        outcomes: list[list[Outcome]] = []
+        file.seek(0)
+        num_whole = 0
+        for line in file.readlines():
+            try:
+                found = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                found = None
+            if found is None:
+                break
+            outcomes.append([_outcome_of(each) for each in found])
+            num_whole += len(line)
+        with writing(path):
+            file.truncate(num_whole)
+        yield outcomes, file
+
+
+def _outcome_json(outcome: Outcome) -> dict[str, Any]:
+    fields = asdict(outcome)
+    if isinstance(outcome, Record) and outcome.units is not None:
+        fields["units"] = outcome.units.tolist()
+    return fields
+
+
+def _outcome_of(fields: dict[str, Any]) -> Outcome:
+    if "reason" in fields:
+        return Skipped(**fields)
+    units, words, chars = fields["units"], fields["words"], fields["chars"]
+    return Record(
+        **{name: fields[name] for name in ("id", "text", "speaker", "source")},
+        units=None if units is None else np.array(units, np.int16),
+        words=None if words is None else tuple(Word(**word) for word in words),
+        chars=None if chars is None else tuple(Span(**span) for span in chars),
+    )
+
+
+def _read_report(work: Path, index: int) -> ShardReport:
+    path = _report_path(work, index)
+    facts = json.loads(path.read_text())
+    shard = facts["shard"]
+    if shard is not None:
+        shard = WrittenShard(**{**shard, "info": ShardInfo(**shard["info"])})
+    skipped = [Skipped(**each) for each in facts["skipped"]]
+    return ShardReport(**{**facts, "shard": shard, "skipped": skipped})
+
+
+# The dataset --------------------------------------------------------------------------------------
+
+
+def is_made(config: CorpusConfig) -> bool:
+    """Whether the dataset is there."""
+    return (config.out / DATASET).is_file()
+
+
+def _join(config: CorpusConfig, plan: Plan) -> bool:
+    """Make the dataset of all shards; False where some are not done."""
+    work = _work(config)
+    try:
+        if not all(_report_path(work, index).is_file() for index in range(plan.num_shards)):
+            return is_made(config)
+        reports = [_read_report(work, index) for index in range(plan.num_shards)]
+    except FileNotFoundError:  # another rank has made it since
+        return is_made(config)
+    _check_share(config, reports, enough=0)
+    shards = [report.shard for report in reports if report.shard is not None]
+    _check_unique_ids(config, shards)
+    skipped = [asdict(each) for report in reports for each in report.skipped]
+    result = {
+        "inputs": plan.num_inputs,
+        "records": sum(report.num_records for report in reports),
+        "frames": sum(report.num_frames for report in reports),
+        "unaligned": sum(report.num_unaligned for report in reports),
+        "skipped": len(skipped),
+    }
+    write_atomically(config.out / SKIPPED, "".join(json.dumps(each) + "\n" for each in skipped))
+    for path in config.out.glob(SKIPPED_OF_RANK.format("*")):
+        path.unlink(missing_ok=True)
+    write_json(config.out / PLAN, {"format": FORMAT, **asdict(plan), "result": result})
+    codebook = plan.settings["codebook"]
+    if source_kind(config) == "authors":
+        codebook = AUTHORS_CODEBOOK
+    with writing(config.out):
+        join_shards(
+            config.out, shards, codebook=codebook, tokenizer=None, num_units=_num_units(config)
+        )
+    shutil.rmtree(work, ignore_errors=True)
+    return True
+
+
+def _check_share(config: CorpusConfig, reports: list[ShardReport], *, enough: int) -> None:
+    """Raise UserError where too much of what was seen is skipped, once ``enough`` was."""
+    skipped = [each for report in reports for each in report.skipped]
+    seen = len(skipped) + sum(report.num_records for report in reports)
+    if seen < enough or len(skipped) <= config.max_skipped_share * seen:
+        return
+    first = skipped[0]
+    name = SKIPPED if config.world_size == 1 else SKIPPED_OF_RANK.format(config.rank)
+    path = config.out / name
+    write_atomically(path, "".join(json.dumps(asdict(each)) + "\n" for each in skipped))
+    raise UserError(
+        f"{len(skipped):,} of {seen:,} skipped, more than --max-skipped-share "
+        f"{config.max_skipped_share:g}; all are listed in {path}, the first: {first.where}: "
+        f"{first.reason} (what is prepared is kept: the same command with a larger share goes on)"
+    )
+
+
+def _check_unique_ids(config: CorpusConfig, shards: list[WrittenShard]) -> None:
+    """The authors' lines bring ids of their own, which only their records tell."""
+    hashes = [hash(identity) for shard in shards for identity in _ids(config, shard)]
+    ordered = np.sort(np.array(hashes))
+    twice = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+    for shard in shards if twice else []:
+        for identity in _ids(config, shard):
+            if hash(identity) in twice:
+                path = config.out / shard.info.name
+                raise UserError(f"{path}: the id {identity!r} is that of another record as well")
+
+
+def _ids(config: CorpusConfig, shard: WrittenShard) -> list[str]:
+    file = pq.ParquetFile(config.out / shard.info.name)
+    return file.read(columns=["id"], use_threads=False).column("id").to_pylist()

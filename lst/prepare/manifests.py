@@ -1,0 +1,139 @@
+"""Lhotse manifests as inputs: cuts, or recordings with their supervisions.
+
+Times of a supervision count from the start of its cut, those of its alignment from the start of
+the *recording* (lhotse's own convention); those of an input from the start of the input.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from lst.errors import UserError
+from lst.prepare.sources import Utterance
+
+__all__ = ["list_cuts", "list_recordings", "list_supervisions"]
+
+PAUSES = ("", "<eps>", "<sil>", "[SIL]")  # what aligners write for a silence between words
+
+
+def list_cuts(paths: Iterable[Path]) -> Iterator[Utterance]:
+    """Every cut of cut manifests, read one at a time."""
+    for where, cut in _items(paths, ("MonoCut", "MultiCut")):
+        if cut.recording is None:
+            raise UserError(f"{where}, cut {cut.id!r}: expected a recording, got features alone")
+        yield _utterance(
+            cut.id, f"{where}, cut {cut.id!r}", cut.recording, cut.start, cut.duration, cut.channel,
+            cut.supervisions,
+        )  # fmt: skip
+
+
+def list_recordings(paths: Iterable[Path]) -> Iterator[Utterance]:
+    """Every recording as a whole, with no transcript."""
+    for where, recording in _items(paths, ("Recording",)):
+        yield Utterance(
+            id=recording.id,
+            where=f"{where}, recording {recording.id!r}",
+            audio=recording.to_dict(),
+        )
+
+
+def list_supervisions(
+    recordings: Iterable[Path], supervisions: Iterable[Path]
+) -> Iterator[Utterance]:
+    """Every supervision, a stretch of its recording. The recordings are held in memory."""
+    by_id = {recording.id: recording for _, recording in _items(recordings, ("Recording",))}
+    for where, segment in _items(supervisions, ("SupervisionSegment",)):
+        where = f"{where}, supervision {segment.id!r}"
+        if segment.recording_id not in by_id:
+            raise UserError(
+                f"{where}: its recording {segment.recording_id!r} is in no --recordings manifest"
+            )
+        yield _utterance(
+            segment.id, where, by_id[segment.recording_id], segment.start, segment.duration,
+            segment.channel, [segment],
+        )  # fmt: skip
+
+
+def _items(paths: Iterable[Path], kinds: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    """(file and line, lhotse object) of each line of JSONL manifests, compressed or not."""
+    try:
+        from lhotse.serialization import deserialize_item, load_jsonl
+    except ImportError as error:
+        raise UserError(
+            f"lhotse manifests need {error.name or 'lhotse'}, which is not installed: "
+            "pip install 'lst[speech]'"
+        ) from None
+    for path in paths:
+        if not path.name.endswith((".jsonl", ".jsonl.gz")):
+            raise UserError(f"{path}: expected a lhotse manifest .jsonl or .jsonl.gz")
+        number = 0
+        lines = load_jsonl(path)
+        while True:
+            number += 1
+            where = f"{path}, line {number}"
+            try:
+                fields = next(lines, None)
+                if fields is None:
+                    break
+                item = deserialize_item(fields)
+            except OSError as error:
+                raise UserError(f"{where}: cannot be read ({error})") from None
+            # Whatever lhotse makes of a line that is none of its own.
+            except Exception as error:
+                raise UserError(f"{where}: not a lhotse manifest ({error!r})") from None
+            if type(item).__name__ not in kinds:
+                raise UserError(f"{where}: expected {' or '.join(kinds)}, got {_name(item)}")
+            yield where, item
+
+
+def _name(item: Any) -> str:
+    identity = getattr(item, "id", None)
+    return type(item).__name__ + ("" if identity is None else f" {identity!r}")
+
+
+def _utterance(
+    identity: str,
+    where: str,
+    recording: Any,
+    start: float,
+    duration: float,
+    channel: int | list[int],
+    segments: list[Any],
+) -> Utterance:
+    segments = sorted(segments, key=lambda segment: segment.start)
+    speakers = {segment.speaker for segment in segments}
+    texts = [segment.text for segment in segments if segment.text]
+    return Utterance(
+        id=identity,
+        where=where,
+        audio=recording.to_dict(),
+        start=start,
+        duration=duration,
+        channels=[channel] if isinstance(channel, int) else list(channel),
+        text=" ".join(texts) if texts else None,
+        words=_words(segments, start),
+        chars=_chars(segments, start),
+        speaker=speakers.pop() if len(speakers) == 1 else None,
+    )
+
+
+def _words(segments: list[Any], start: float) -> list[tuple[str, float, float]] | None:
+    """Aligned words; None where a transcribed segment has none."""
+    words = []
+    for segment in segments:
+        items = (segment.alignment or {}).get("word")
+        if items:
+            words += [(item.symbol, item.start - start, item.end - start) for item in items]
+        elif segment.text:
+            return None
+    return [word for word in words if word[0].strip() not in PAUSES] or None
+
+
+def _chars(segments: list[Any], start: float) -> list[tuple[float, float]] | None:
+    """Aligned characters, where they are exactly those of the text."""
+    if len(segments) != 1:
+        return None
+    items = (segments[0].alignment or {}).get("char") or []
+    if not items or "".join(item.symbol for item in items) != segments[0].text:
+        return None
+    return [(item.start - start, item.end - start) for item in items]

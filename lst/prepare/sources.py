@@ -1,0 +1,316 @@
+"""Where a corpus comes from: every way in becomes a list of inputs.
+
+    lhotse manifests, a folder of audio, a CSV or JSONL manifest  → Utterance, one record each
+    text files, the JSONL of the paper's code                     → Part, one record a line
+
+Listing reads manifests and folders, never audio: an input says where its audio and text are, and
+what is wrong with them is found when it is prepared. A manifest that is itself malformed is an
+error here, before any work is done.
+"""
+
+import csv
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from lst.errors import UserError
+from lst.speech.audio import AUDIO_SUFFIXES
+
+__all__ = ["Part", "Sources", "Utterance", "from_json", "list_inputs", "source_kind"]
+
+PART_BYTES = 32 << 20  # of a text file that is prepared at once
+TEXT_SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
+MANIFEST_COLUMNS = (
+    "id", "audio", "text", "speaker", "start", "duration", "channel", "words"
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """Where a corpus comes from; exactly one kind of source, of any number of files."""
+
+    cuts: tuple[Path, ...] = ()  # lhotse cut manifests; each cut is a record
+    recordings: tuple[Path, ...] = ()  # lhotse recording manifests; each recording is a record
+    supervisions: tuple[Path, ...] = ()  # beside --recordings: each supervision is a record
+    folder: Path | None = None  # of audio files, each with its transcript in a .txt beside it
+    manifest: tuple[Path, ...] = ()  # .csv or .jsonl with a column audio, and text, speaker, …
+    text: tuple[Path, ...] = ()  # .txt (a record a line), .jsonl, .parquet, or folders of them
+    authors: tuple[Path, ...] = ()  # the JSONL of the paper's public code, units and all
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Utterance:
+    """A stretch of audio that becomes a record.
+
+    Attributes:
+        where: the manifest or folder and the record in it, for messages.
+        audio: a file, or a lhotse recording as a dictionary.
+        start, duration: seconds; a duration of None is the rest.
+        channels: whose mean is taken; None for all.
+        text_file: where the transcript is, unless ``text`` is it.
+        words: (word, start, stop) in seconds from the start of the stretch.
+        chars: (start, stop) of each character of ``text``, likewise.
+    """
+
+    id: str
+    where: str
+    audio: str | dict[str, Any]
+    start: float = 0.0
+    duration: float | None = None
+    channels: list[int] | None = None
+    text: str | None = None
+    text_file: str | None = None
+    words: list[tuple[str, float, float]] | None = None
+    chars: list[tuple[float, float]] | None = None
+    speaker: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Lines of a text file: those that begin in bytes [start, stop), or the rows of the row groups
+    [start, stop) of a Parquet file. A stop of None is the end of the file."""
+
+    name: str  # of the file in its source, the beginning of its records' ids
+    path: str
+    start: int = 0
+    stop: int | None = None
+
+
+Input = Utterance | Part
+
+
+def source_kind(sources: Sources) -> str:
+    """The one kind that is given, a field of :class:`Sources`. Raises UserError for none or two."""
+    given = [name for name in Sources.__dataclass_fields__ if getattr(sources, name)]
+    if given == ["recordings", "supervisions"]:
+        return "recordings"
+    if len(given) != 1 or given == ["supervisions"]:
+        named = ", ".join(f"--{name}" for name in given) or "none"
+        raise UserError(
+            "expected one source: --cuts, --recordings (with or without --supervisions), --folder, "
+            f"--manifest, --text or --authors; got {named}"
+        )
+    return given[0]
+
+
+def list_inputs(sources: Sources) -> Iterator[Input]:
+    """Every input, in an order that depends on the source alone.
+
+    Raises:
+        UserError: a manifest that cannot be read or understood, naming file and record; a folder
+            with nothing to prepare; lhotse manifests without lhotse.
+    """
+    kind = source_kind(sources)
+    if kind == "cuts":
+        from lst.prepare.manifests import list_cuts
+
+        return list_cuts(sources.cuts)
+    if kind == "recordings":
+        from lst.prepare.manifests import list_recordings, list_supervisions
+
+        if sources.supervisions:
+            return list_supervisions(sources.recordings, sources.supervisions)
+        return list_recordings(sources.recordings)
+    if kind == "folder":
+        assert sources.folder is not None
+        return _list_folder(sources.folder)
+    if kind == "manifest":
+        return _list_manifests(sources.manifest)
+    paths = sources.text if kind == "text" else sources.authors
+    return _list_parts(paths, TEXT_SUFFIXES if kind == "text" else None)
+
+
+def fingerprint(sources: Sources) -> dict[str, dict[str, str]]:
+    """What the inputs are, by kind and path: a file's SHA-256; of a folder that of the names and
+    sizes of its files.
+
+    Raises:
+        UserError: one of them cannot be read.
+    """
+    kind = source_kind(sources)
+    found: dict[str, dict[str, str]] = {}
+    for name in (kind, *(["supervisions"] if sources.supervisions else [])):
+        given = getattr(sources, name)
+        paths = [given] if isinstance(given, Path) else given
+        # Text files are as large as the corpus: their names and sizes must do.
+        by_content = kind not in ("folder", "text", "authors")
+        found[name] = {str(path): _digest(path, by_content) for path in paths}
+    return found
+
+
+def from_json(kind: str, line: str) -> Input:
+    """An input from ``json.dumps(asdict(input))``."""
+    fields = json.loads(line)
+    return Part(**fields) if kind in ("text", "authors") else Utterance(**fields)
+
+
+def to_json(each: Input) -> str:
+    return json.dumps(asdict(each), ensure_ascii=False)
+
+
+def _digest(path: Path, by_content: bool) -> str:
+    try:
+        if path.is_file() and by_content:
+            with path.open("rb") as opened:
+                return f"sha256:{hashlib.file_digest(opened, 'sha256').hexdigest()}"
+        digest = hashlib.sha256()
+        for name, file in _files(path):
+            digest.update(f"{name}\0{file.stat().st_size}\n".encode())
+        return f"names and sizes sha256:{digest.hexdigest()}"
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
+
+
+def _files(path: Path) -> Iterator[tuple[str, Path]]:
+    """(name relative to ``path``, file) of a file or of every file in a folder, sorted."""
+    if path.is_file():
+        yield path.name, path
+        return
+    if not path.is_dir():
+        raise UserError(f"{path}: expected a file or a folder, got neither")
+
+    def fail(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
+
+    for folder, folders, names in os.walk(path, onerror=fail, followlinks=True):
+        folders.sort()
+        for name in sorted(names):
+            file = Path(folder) / name
+            yield file.relative_to(path).as_posix(), file
+
+
+def _list_folder(folder: Path) -> Iterator[Utterance]:
+    if not folder.is_dir():
+        raise UserError(f"--folder {folder}: expected a folder, got none")
+    found = False
+    for name, path in _files(folder):
+        if path.suffix.lower() not in AUDIO_SUFFIXES:
+            continue
+        found = True
+        yield Utterance(
+            id=str(Path(name).with_suffix("")),
+            where=str(path),
+            audio=str(path),
+            text_file=str(path.with_suffix(".txt")),
+        )
+    if not found:
+        raise UserError(f"--folder {folder}: expected files {', '.join(AUDIO_SUFFIXES)}, got none")
+
+
+# CSV and JSONL manifests --------------------------------------------------------------------------
+
+
+def _list_manifests(paths: Iterable[Path]) -> Iterator[Utterance]:
+    for path in paths:
+        rows = _csv_rows(path) if path.suffix == ".csv" else _jsonl_rows(path)
+        for where, row in rows:
+            yield _manifest_utterance(row, where, path.parent)
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, strict=True)
+            columns = reader.fieldnames or ()  # reads the first line
+            while True:
+                where = f"{path}, line {reader.line_num + 1}"
+                try:
+                    row = next(reader, None)
+                except csv.Error as error:
+                    raise UserError(f"{where}: not CSV ({error})") from None
+                if row is None:
+                    return
+                if None in row or None in row.values():
+                    raise UserError(f"{where}: expected {len(columns)} columns, got another number")
+                yield where, {name: value for name, value in row.items() if value != ""}
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    if path.suffix != ".jsonl":
+        raise UserError(f"--manifest {path}: expected a .csv or .jsonl file, got {path.suffix!r}")
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, 1):
+                where = f"{path}, line {number}"
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise UserError(f"{where}: not JSON ({error})") from None
+                if not isinstance(row, dict):
+                    raise UserError(f"{where}: expected an object, got {type(row).__name__}")
+                yield where, {name: value for name, value in row.items() if value is not None}
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+
+
+def _manifest_utterance(row: dict[str, Any], where: str, folder: Path) -> Utterance:
+    unknown = sorted(set(row) - set(MANIFEST_COLUMNS))
+    if unknown or "audio" not in row:
+        raise UserError(
+            f"{where}: expected audio and, of {', '.join(MANIFEST_COLUMNS)}, what is known; "
+            + (f"got {', '.join(unknown)}" if unknown else "got no audio")
+        )
+    audio = folder / str(row["audio"])
+    try:
+        words = row.get("words")
+        return Utterance(
+            id=str(row.get("id", Path(row["audio"]).with_suffix(""))),
+            where=where,
+            audio=str(audio),
+            start=float(row.get("start", 0.0)),
+            duration=float(row["duration"]) if "duration" in row else None,
+            channels=[int(row["channel"])] if "channel" in row else None,
+            text=str(row["text"]) if "text" in row else None,
+            words=None
+            if words is None
+            else [(str(w["word"]), float(w["start"]), float(w["stop"])) for w in words],
+            speaker=str(row["speaker"]) if "speaker" in row else None,
+        )
+    except (TypeError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{where}: expected numbers for start, duration and channel, and for words a list of "
+            f'{{"word", "start", "stop"}} in seconds; got {error!r}'
+        ) from None
+
+
+# Text ---------------------------------------------------------------------------------------------
+
+
+def _list_parts(paths: Iterable[Path], suffixes: tuple[str, ...] | None) -> Iterator[Part]:
+    for given in paths:
+        found = False
+        for name, path in _files(given):
+            if suffixes is not None and not name.endswith(suffixes):
+                if path == given:
+                    raise UserError(f"{path}: expected a file {', '.join(suffixes)}")
+                continue
+            found = True
+            yield from _parts(name, path)
+        if not found:
+            raise UserError(f"{given}: expected text files {', '.join(suffixes or ())}, got none")
+
+
+def _parts(name: str, path: Path) -> Iterator[Part]:
+    if name.endswith(".gz"):
+        yield Part(name=name, path=str(path))
+        return
+    if name.endswith(".parquet"):
+        try:
+            num_groups = pq.ParquetFile(path).metadata.num_row_groups
+        except (OSError, ValueError) as error:  # Arrow's errors are ValueErrors
+            raise UserError(f"{path}: cannot be read as Parquet ({error})") from None
+        for group in range(num_groups):
+            yield Part(name=name, path=str(path), start=group, stop=group + 1)
+        return
+    for start in range(0, path.stat().st_size, PART_BYTES):
+        yield Part(name=name, path=str(path), start=start, stop=start + PART_BYTES)

@@ -1,0 +1,454 @@
+"""Every way in gives the records that are there: texts as written, units of the very samples, words
+at their times, and a bad manifest is an error that names file and record."""
+
+import gzip
+import json
+import re
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lst.errors import UserError
+from lst.prepare import sources
+from lst.prepare.corpus import CorpusConfig
+from lst.prepare.outcomes import Skipped
+from lst.prepare.sources import Part, Sources, list_inputs
+from lst.prepare.speech import frame_spans, written_words
+from lst.prepare.text import lines_of, text_records, where_of
+from lst.speech.audio import AudioError
+from lst.speech.synthesis import SAMPLE_RATE
+from lst.speech.units import LogMelKMeans
+
+lhotse = pytest.importorskip("lhotse")
+
+
+def units_of(path, codebook):
+    """What a 16 kHz file's units are, by no code of the preparation."""
+    waveform, rate = soundfile.read(path, dtype="float32")
+    assert rate == SAMPLE_RATE
+    return LogMelKMeans.load(codebook).encode(waveform)
+
+
+def assert_words_are_timed(record, speech, shift=0.0):
+    assert [word.word for word in record.words] == [word.label for word in speech.words]
+    got = [(word.start, word.stop) for word in record.words]
+    exact = [(word.start + shift, word.stop + shift) for word in speech.words]
+    assert np.abs(np.array(got) * 0.04 - exact).max() <= 0.02 + 1e-6
+
+
+# Corpora of other people --------------------------------------------------------------------------
+
+
+def write_librispeech(root, sentences, *, alignments):
+    """As LibriSpeech is unpacked, with the word alignments that are published for it."""
+    chapter = root / "dev-clean-2" / "84" / "121123"
+    chapter.mkdir(parents=True)
+    texts, aligned = [], []
+    for index, sentence in enumerate(sentences):
+        name = f"84-121123-{index:04d}"
+        soundfile.write(chapter / f"{name}.flac", sentence.speech.waveform, SAMPLE_RATE)
+        texts.append(f"{name} {re.sub('[^A-Z ]', '', sentence.text.upper())}\n")
+        labels, ends, end = [], [], 0.0
+        for word in sentence.speech.words:
+            if word.start > end:
+                labels.append("")
+                ends.append(word.start)
+            labels.append(re.sub("[^A-Z]", "", word.label.upper()))
+            ends.append(word.stop)
+            end = word.stop
+        aligned.append(f'{name} "{",".join(labels)}" "{",".join(f"{e:.3f}" for e in ends)}"\n')
+    (chapter / "84-121123.trans.txt").write_text("".join(texts))
+    if alignments:
+        (chapter / "84-121123.alignment.txt").write_text("".join(aligned))
+    return chapter
+
+
+def test_librispeech_by_lhotses_recipe(tmp_path, sentences, codebook, prepare):
+    from lhotse.recipes import prepare_librispeech
+
+    chapter = write_librispeech(tmp_path / "LibriSpeech", sentences, alignments=True)
+    manifests = tmp_path / "manifests"
+    prepare_librispeech(tmp_path / "LibriSpeech", output_dir=manifests)
+    records = prepare(
+        recordings=(manifests / "librispeech_recordings_dev-clean-2.jsonl.gz",),
+        supervisions=(manifests / "librispeech_supervisions_dev-clean-2.jsonl.gz",),
+    )
+    assert len(records) == len(sentences)
+    for record in records:
+        sentence = sentences[int(record.id[-4:])]
+        assert record.text == re.sub("[^A-Z ]", "", sentence.text.upper())
+        assert record.speaker == "84"
+        assert record.source == "made"
+        np.testing.assert_array_equal(
+            record.units, units_of(chapter / f"{record.id}.flac", codebook)
+        )
+        got = [(word.start, word.stop) for word in record.words]
+        exact = [(word.start, word.stop) for word in sentence.speech.words]
+        assert [word.word for word in record.words] == record.text.split()
+        assert np.abs(np.array(got) * 0.04 - exact).max() <= 0.0206  # recipe times: 3 digits
+
+
+def test_mls_by_lhotses_recipe(tmp_path, sentences, codebook, prepare):
+    from lhotse.recipes import prepare_mls
+
+    root = tmp_path / "mls_polish"
+    for index, split in enumerate(("train", "dev", "test")):
+        lines = []
+        for place, sentence in enumerate(sentences[2 * index : 2 * index + 2]):
+            name = f"{6892 + index}_10049_{place:06d}"
+            path = root / split / "audio" / f"{6892 + index}" / "10049" / f"{name}.flac"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            soundfile.write(path, sentence.speech.waveform, SAMPLE_RATE)
+            lines.append(f"{name}\t{sentence.text.lower()}\n")
+        (root / split / "transcripts.txt").write_text("".join(lines))
+    (root / "metainfo.txt").write_text(
+        "".join(f" {6892 + i} | F | train | 1.0 | 10049 | x\n" for i in range(3))
+    )
+    prepare_mls(tmp_path, output_dir=tmp_path / "manifests", opus=False)
+    manifests = [tmp_path / "manifests" / f"mls-polish_{{}}_{split}.jsonl.gz"
+                 for split in ("train", "test")]  # fmt: skip
+    records = prepare(
+        recordings=tuple(path.with_name(path.name.format("recordings")) for path in manifests),
+        supervisions=tuple(path.with_name(path.name.format("supervisions")) for path in manifests),
+    )
+    expected = {
+        "6892_10049_000000": 0, "6892_10049_000001": 1,
+        "6894_10049_000000": 4, "6894_10049_000001": 5,
+    }  # fmt: skip
+    assert {record.id for record in records} == set(expected)
+    for record in records:
+        assert record.text == sentences[expected[record.id]].text.lower()
+        assert record.speaker == record.id[:4]
+        assert record.words is None
+        path = next(root.rglob(f"{record.id}.flac"))
+        np.testing.assert_array_equal(record.units, units_of(path, codebook))
+
+
+@pytest.fixture
+def session(tmp_path, sentences):
+    """Three sentences in one recording of two channels at 48 kHz, of which the second is noise, as
+    lhotse recordings and supervisions with alignments."""
+    from lhotse import Recording, RecordingSet, SupervisionSegment, SupervisionSet
+    from lhotse.supervision import AlignmentItem
+
+    gap = np.zeros(SAMPLE_RATE // 2, np.float32)
+    waveform = np.concatenate(
+        [part for each in sentences[:3] for part in (gap, each.speech.waveform)]
+    )
+    left = np.repeat(waveform, 3)
+    right = 0.1 * np.random.default_rng(0).standard_normal(len(left))
+    soundfile.write(tmp_path / "session.flac", np.stack([left, right], 1), 48_000)
+    recording = Recording.from_file(tmp_path / "session.flac", recording_id="session")
+    segments, start = [], 0.0
+    for index, each in enumerate(sentences[:3]):
+        start += 0.5
+        items = [
+            AlignmentItem(
+                word.label.strip(".,").lower(), start + word.start, word.stop - word.start
+            )
+            for word in each.speech.words
+        ]
+        duration = len(each.speech.waveform) / SAMPLE_RATE
+        segments.append(
+            SupervisionSegment(
+                id=f"part{index}", recording_id="session", start=start, duration=duration,
+                channel=0, text=each.text, speaker="ann", alignment={"word": items},
+            )
+        )  # fmt: skip
+        start += duration
+    recordings = RecordingSet.from_recordings([recording])
+    supervisions = SupervisionSet.from_segments(segments)
+    recordings.to_file(tmp_path / "recordings.jsonl.gz")
+    supervisions.to_file(tmp_path / "supervisions.jsonl.gz")
+    return recordings, supervisions
+
+
+@pytest.mark.parametrize("by", ["cuts", "supervisions"])
+def test_utterances_of_a_session_are_cut_out_with_their_words(
+    tmp_path, session, sentences, prepare, by
+):
+    if by == "cuts":
+        from lhotse import CutSet
+
+        recordings, supervisions = session
+        cuts = CutSet.from_manifests(recordings, supervisions).trim_to_supervisions()
+        cuts.to_file(tmp_path / "cuts.jsonl.gz")
+        records = prepare(cuts=(tmp_path / "cuts.jsonl.gz",))
+    else:
+        records = prepare(
+            recordings=(tmp_path / "recordings.jsonl.gz",),
+            supervisions=(tmp_path / "supervisions.jsonl.gz",),
+        )
+    assert [record.text for record in records] == [each.text for each in sentences[:3]]
+    for record, sentence in zip(records, sentences, strict=False):
+        assert record.speaker == "ann"
+        assert len(record.units) == -(-len(sentence.speech.waveform) // 640)
+        assert_words_are_timed(record, sentence.speech)  # and written as in the text
+
+
+def test_a_cut_with_several_supervisions_is_one_record(tmp_path, session, sentences, prepare):
+    from lhotse import CutSet
+
+    CutSet.from_manifests(*session).to_file(tmp_path / "cuts.jsonl.gz")
+    (record,) = prepare(cuts=(tmp_path / "cuts.jsonl.gz",))
+    assert record.text == " ".join(each.text for each in sentences[:3])
+    assert [word.word for word in record.words] == record.text.split()
+
+
+def test_a_channel_is_heard_alone(tmp_path, session, codebook, prepare):
+    prepare_all = {"recordings": (tmp_path / "recordings.jsonl.gz",), "untranscribed": True}
+    (mixed,) = prepare(tmp_path / "mixed", **prepare_all)
+    (tmp_path / "m.csv").write_text("id,audio,channel\na,session.flac,0\nb,session.flac,1\n")
+    left, right = prepare(tmp_path / "apart", manifest=(tmp_path / "m.csv",), untranscribed=True)
+    assert len({each.units.tobytes() for each in (mixed, left, right)}) == 3
+    # 48 kHz by repetition and back is nearly the 16 kHz original
+    waveform, _ = soundfile.read(tmp_path / "session.flac", dtype="float32")
+    same = LogMelKMeans.load(codebook).encode(waveform[1::3, 0].copy()) == left.units
+    assert same.mean() > 0.8
+
+
+SEGMENT = '{"id": "a", "recording_id": "r", "start": 0, "duration": 1}\n'
+BAD_MANIFESTS = {
+    "not JSON": ("cuts", "{\n", "line 1: not a lhotse manifest"),
+    "another kind": ("cuts", SEGMENT, "line 1: expected MonoCut or MultiCut, got SupervisionSegm"),
+    "no recording": (
+        "supervisions", SEGMENT, "line 1, supervision 'a': its recording 'r' is in no --recordings"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_MANIFESTS)
+def test_a_bad_lhotse_manifest_is_named_with_its_line(tmp_path, session, prepare, name):
+    kind, content, message = BAD_MANIFESTS[name]
+    (tmp_path / "m.jsonl").write_text(content)
+    sources = {kind: (tmp_path / "m.jsonl",)}
+    if kind == "supervisions":
+        sources["recordings"] = (tmp_path / "recordings.jsonl.gz",)
+    with pytest.raises(UserError, match=rf"m\.jsonl, {message}"):
+        prepare(**sources)
+    assert not (tmp_path / "made" / "plan.json").exists()
+
+
+def test_an_absent_manifest_is_named(tmp_path, prepare):
+    with pytest.raises(UserError, match=r"cuts\.jsonl\.gz: expected a file or a folder"):
+        prepare(cuts=(tmp_path / "cuts.jsonl.gz",))
+
+
+# Folders and manifests ----------------------------------------------------------------------------
+
+
+def test_a_folder_of_audio_with_texts_beside(spoken_folder, sentences, codebook, prepare):
+    records = prepare(folder=spoken_folder)
+    assert [record.id for record in records] == [
+        "book0/0", "book0/2", "book0/4", "book1/1", "book1/3", "book1/5"
+    ]  # fmt: skip
+    for record in records:
+        assert record.text == sentences[int(record.id[-1])].text
+        assert record.words is None
+        path = spoken_folder / f"{record.id}.flac"
+        np.testing.assert_array_equal(record.units, units_of(path, codebook))
+
+
+def test_audio_of_any_rate_and_channel_count_has_25_units_a_second(tmp_path, sentences, prepare):
+    folder = tmp_path / "spoken"
+    folder.mkdir()
+    waveform = sentences[0].speech.waveform
+    seconds = np.arange(len(waveform)) / SAMPLE_RATE
+    for rate in (8_000, 22_050, 44_100):
+        there = np.arange(int(len(waveform) * rate / SAMPLE_RATE)) / rate
+        mono = np.interp(there, seconds, waveform)
+        soundfile.write(folder / f"{rate}.wav", np.stack([mono, mono], 1), rate)
+    records = prepare(folder=folder, untranscribed=True)
+    for record in records:
+        assert abs(len(record.units) - len(waveform) / 640) <= 1
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_manifests_of_ones_own(tmp_path, spoken_folder, sentences, codebook, prepare, suffix):
+    words = [
+        {"word": word.label, "start": word.start, "stop": word.stop}
+        for word in sentences[0].speech.words
+    ]
+    rows = [
+        {"audio": "spoken/book0/0.flac", "text": sentences[0].text, "id": "a", "speaker": "ann"},
+        {"audio": str(spoken_folder / "book1/1.flac"), "text": 'Well, "quoted",\nand more',
+         "start": 0.2, "duration": 0.4},
+    ]  # fmt: skip
+    path = tmp_path / f"m{suffix}"
+    if suffix == ".csv":
+        import csv
+
+        with path.open("w", newline="") as file:
+            names = ["audio", "text", "id", "speaker", "start", "duration"]
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        rows[0]["words"] = words
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    whole, part = prepare(manifest=(path,))
+    assert (whole.id, whole.speaker, whole.text) == ("a", "ann", sentences[0].text)
+    np.testing.assert_array_equal(whole.units, units_of(spoken_folder / "book0/0.flac", codebook))
+    if suffix == ".jsonl":
+        assert_words_are_timed(whole, sentences[0].speech)
+    assert part.text == 'Well, "quoted", and more'
+    assert len(part.units) == 10
+
+
+BAD_ROWS = {
+    "a.csv": ("audio,words,text\nx.wav,[],a,b\n", r"a\.csv, line 2: expected 3 columns"),
+    "b.csv": ("audio,text,colour\nx.wav,hi,red\n", r"b\.csv, line 2: .*got colour"),
+    "c.csv": ("file,text\n", None),
+    "d.csv": ("audio,start\nx.wav,soon\n", r"d\.csv, line 2: expected numbers for start"),
+    "e.jsonl": ('{"audio": "x.wav"}\n{"audio"\n', r"e\.jsonl, line 2: not JSON"),
+    "f.jsonl": ("[1]\n", r"f\.jsonl, line 1: expected an object, got list"),
+    "g.jsonl": ('{"text": "hi"}\n', r"g\.jsonl, line 1: .*got no audio"),
+    "h.jsonl": ('{"audio": "x.wav", "words": [["hi", 0, 1]]}\n', r"h\.jsonl, line 1: .*for words"),
+    "i.tsv": ("audio\n", r"i\.tsv: expected a \.csv or \.jsonl file"),
+    "j.csv": (b"audio,text\nx.wav,\xff\n", r"j\.csv: cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_a_bad_manifest_is_named_with_its_line_and_nothing_is_begun(tmp_path, prepare, name):
+    content, message = BAD_ROWS[name]
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=message or "expected something to prepare, got nothing"):
+        prepare(manifest=(tmp_path / name,))
+    assert not (tmp_path / "made" / "plan.json").exists()
+
+
+def test_two_inputs_of_one_name_are_refused(tmp_path, spoken_folder, prepare):
+    (spoken_folder / "book0" / "0.wav").write_bytes(b"")
+    with pytest.raises(UserError, match=r"0\.wav: its name 'book0/0' is another input's as well"):
+        prepare(folder=spoken_folder)
+
+
+BAD_OPTIONS = [
+    ({}, "expected one source: .*; got none"),
+    ({"text": ("a",), "folder": "b"}, "got --folder, --text"),
+    ({"supervisions": ("a",)}, "got --supervisions"),
+    ({"folder": "b"}, "--folder: expected a --codebook"),
+    ({"text": ("a",), "codebook": "c"}, "--text: its records need no --codebook"),
+    ({"text": ("a",), "aligner": "c"}, "--text: its records need no --hubert, --layer or --al"),
+    ({"folder": "b", "codebook": "c", "layer": 3}, "expected --hubert and --layer together"),
+    ({"text": ("a",), "rank": 2, "world_size": 2}, r"--rank 2: expected one in \[0, 2\)"),
+    ({"text": ("a",), "shard_inputs": 0}, "--shard-inputs: expected 1 or more, got 0"),
+    ({"text": ("a",), "max_skipped_share": 1.5}, r"expected a share in \[0, 1\], got 1.5"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS)
+def test_options_that_do_not_go_together(tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        CorpusConfig(out=tmp_path, **options)
+
+
+# Times --------------------------------------------------------------------------------------------
+
+TIMES = st.lists(st.tuples(st.floats(0, 4), st.floats(0, 1)), max_size=8)
+
+
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(TIMES)
+def test_frames_of_words_are_ordered_disjoint_and_near_their_times(times):
+    times = sorted((start, min(4.0, start + length)) for start, length in times)
+    spans = frame_spans(times, 100)
+    end = 0
+    for (first, last), (start, stop) in zip(spans, times, strict=True):
+        assert end <= first <= last <= 100
+        assert last >= round(25 * stop) or last == end
+        if 25 * start >= end:
+            assert abs(first - 25 * start) <= 0.5 + 1e-9
+        end = last
+
+
+def test_times_of_another_utterance_are_refused_and_not_squeezed_into_this_one():
+    assert frame_spans([(-0.05, 0.3), (0.3, 1.08)], 25) == [(0, 8), (8, 25)]
+    for times in ([(-0.2, 0.3)], [(0.5, 1.2)], [(0.5, 0.3)], [(float("nan"), 0.3)]):
+        with pytest.raises(AudioError, match=r"alignment \[.*\) s is not in its utterance \[0, 1"):
+            frame_spans(times, 25)
+
+
+def test_words_are_written_as_in_the_text_where_they_are_its_words():
+    assert written_words("Don't go, Tom!", ["DONT", "GO", "TOM"]) == ["Don't", "go,", "Tom!"]
+    assert written_words("in 1984", ["IN", "NINETEEN", "EIGHTYFOUR"])[1] == "NINETEEN"
+    assert written_words("he goes", ["she", "goes"]) == ["she", "goes"]
+    assert written_words(None, ["GO"]) == ["GO"]
+
+
+# Text ---------------------------------------------------------------------------------------------
+
+
+def test_text_of_every_kind(tmp_path, prepare):
+    folder = tmp_path / "text"
+    (folder / "more").mkdir(parents=True)
+    (folder / "a.txt").write_text("A line.\n\n  \nÄnother line.\r\n")
+    (folder / "more" / "b.jsonl").write_text('{"text": "An\\nobject."}\n{"text": "x", "n": 1}\n')
+    with gzip.open(folder / "c.jsonl.gz", "wt") as file:
+        file.write('{"text": "Compressed."}\n')
+    pq.write_table(pa.table({"text": ["A row.", "Two."], "n": [1, 2]}), folder / "d.parquet",
+                   row_group_size=1)  # fmt: skip
+    (folder / "notes.md").write_text("not prepared")
+    records = {record.id: record.text for record in prepare(text=(folder,))}
+    assert records == {
+        "a.txt:0": "A line.", "a.txt:12": "Änother line.",
+        "more/b.jsonl:0": "An\nobject.", "more/b.jsonl:24": "x",
+        "c.jsonl.gz:0": "Compressed.", "d.parquet:0:0": "A row.", "d.parquet:1:0": "Two.",
+    }  # fmt: skip
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(st.lists(st.sampled_from(["", "a", "bc", "déf", " "]), max_size=12), st.booleans(),
+       st.integers(1, 9))  # fmt: skip
+def test_each_line_is_of_one_part_however_a_file_is_cut(tmp_path_factory, lines, ends, size):
+    path = tmp_path_factory.mktemp("text") / "a.txt"
+    path.write_bytes(("\n".join(lines) + "\n" * ends).encode())
+    parts = [
+        Part(name="a.txt", path=str(path), start=start, stop=start + size)
+        for start in range(0, path.stat().st_size, size)
+    ]
+    found = [(part, line) for part in parts for line in lines_of(part)]
+    expected = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    assert [line.content.decode() for _, line in found] == [line for _, line in expected]
+    numbers = [int(where_of(part, line).rpartition(" ")[2]) for part, line in found]
+    assert numbers == [number for number, _ in expected]
+
+
+def test_a_large_file_is_prepared_in_parts(tmp_path, monkeypatch, prepare):
+    monkeypatch.setattr(sources, "PART_BYTES", 1000)
+    (tmp_path / "a.txt").write_text("".join(f"line {i}\n" for i in range(1000)))
+    assert len(list(list_inputs(Sources(text=(tmp_path / "a.txt",))))) == 9
+    assert [record.text for record in prepare(text=(tmp_path / "a.txt",))] == [
+        f"line {i}" for i in range(1000)
+    ]
+
+
+def test_bad_lines_are_skipped_with_file_and_line(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(
+        b'{"text": "good"}\n{"text"\n\n["text"]\n{"text": 3}\n{"text": "\xff"}\n{"text": " "}\n'
+    )
+    part = Part(name="a.jsonl", path=str(tmp_path / "a.jsonl"))
+    good, *skipped = text_records(part, "s")
+    assert good.text == "good"
+    assert [each.where.rpartition(" ")[2] for each in skipped] == ["2", "4", "5", "6", "7"]
+    assert "expected an object" in skipped[1].reason
+    assert "expected a text, got '3'" in skipped[2].reason
+    assert "utf-8" in skipped[3].reason
+
+
+def test_a_damaged_compressed_file_gives_what_is_before_the_damage_and_says_so(tmp_path):
+    rng = np.random.default_rng(0)
+    lines = [" ".join(map(str, rng.integers(0, 99, 50))) for _ in range(400)]
+    content = gzip.compress("\n".join(lines).encode())
+    (tmp_path / "a.txt.gz").write_bytes(content[: len(content) // 2])
+    *records, last = text_records(Part(name="a.txt.gz", path=str(tmp_path / "a.txt.gz")), "s")
+    assert [record.text for record in records] == lines[: len(records)]
+    assert records
+    assert isinstance(last, Skipped)
+    assert "cannot be read" in last.reason
