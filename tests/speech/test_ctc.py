@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lst.speech import ctc
 from lst.speech.ctc import best_paths, frames_needed
 
 VOCABULARY = 3  # and the blank is 1
@@ -70,7 +71,7 @@ def test_no_path_is_better(batch: list[tuple[int, int, list[int]]]) -> None:
         assert score == pytest.approx(expected, abs=1e-9)
         assert given_emissions[range(len(path)), frames].astype(float).sum() == pytest.approx(score)
         assert labels_of(frames) == each
-        assert [index for index, _ in groupby(path) if index >= 0] == list(range(len(each)))
+        assert labels_of_path(path) == list(range(len(each)))
 
 
 @given(st.integers(0, 100), st.lists(st.integers(20, 300), min_size=2, max_size=6))
@@ -106,22 +107,57 @@ def test_no_labels_are_all_blank() -> None:
     assert best_paths([], [], blank=0) == []
 
 
-def test_memory_is_two_bits_a_state_and_frame() -> None:
-    """The scores of all states at all frames would be 32 times as much."""
-    num_labels = 300
+def near_diagonal(num_frames: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Emissions that favour labels spoken at an even speed, and the labels."""
+    labels = np.random.default_rng(seed).integers(1, 30, num_frames // 3)
+    emissions = emissions_of(seed, num_frames, 30)
+    emissions[3 * np.arange(len(labels)) + 1, labels] += 5.0
+    return emissions, labels
+
+
+def test_a_band_finds_what_the_whole_search_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    emissions, labels = zip(*(near_diagonal(each, each) for each in (900, 400, 130)), strict=True)
+    whole = best_paths(emissions, labels, blank=0)
+    monkeypatch.setattr(ctc, "BAND", 40)
+    banded = best_paths(emissions, labels, blank=0)
+    for (path, score), (expected, best) in zip(banded, whole, strict=True):
+        np.testing.assert_array_equal(path, expected)
+        assert score == best
+
+
+def test_a_band_is_no_better_than_the_whole_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first half is spoken three times as fast: a path that the band does not hold."""
+    emissions, labels = near_diagonal(900, 0)
+    rushed = np.concatenate([emissions[1:450:3], emissions[450:]])
+    (_, best), *_ = best_paths([rushed], [labels], blank=0)
+    monkeypatch.setattr(ctc, "BAND", 10)
+    (path, score), *_ = best_paths([rushed], [labels], blank=0)
+    assert labels_of_path(path) == list(range(len(labels)))
+    assert score < best
+
+
+def labels_of_path(path: np.ndarray) -> list[int]:
+    return [int(index) for index, _ in groupby(path) if index >= 0]
+
+
+def test_memory_is_linear_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the band, two bits a state and frame; scores of all would be 16 times as much. The text
+    is as much longer as the speech is."""
+    monkeypatch.setattr(ctc, "BAND", 200)
 
     def peak(num_frames: int) -> int:
-        emissions = [np.zeros((num_frames, 4), np.float32)]
+        given = near_diagonal(num_frames, 0)
         tracemalloc.start()
-        best_paths(emissions, [np.full(num_labels, 2)], blank=0)
+        best_paths([given[0]], [given[1]], blank=0)
         taken = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return taken
 
-    more_frames = 2048
-    bits = 2 * (2 * num_labels + 1) * more_frames / 8
-    path = 16 * more_frames  # as states, and as labels
-    assert peak(1024 + more_frames) - peak(1024) < 1.1 * bits + 4 * path
+    more = 1024
+    bits = 2 * (2 * 200 + 64) * more / 8
+    paths = 3 * 8 * more  # states, labels, and which is which
+    scores_and_states = 2 * more // 3 * 80
+    assert peak(2 * more) - peak(more) < 1.1 * bits + paths + scores_and_states
 
 
 @pytest.mark.parametrize(
