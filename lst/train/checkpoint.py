@@ -36,7 +36,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lst.errors import UserError
 from lst.model import LanguageModel, build_model
@@ -115,7 +114,8 @@ def save_checkpoint(
         lanes = {lane: value for part in world.gather(state.lanes) for lane, value in part.items()}
         with world.together():
             if world.is_main:
-                _join_shards(temporary / MODEL)
+                _expect_whole(temporary / OPTIMIZER, moments)
+                _join_shards(temporary / MODEL, weights)
                 write_json(temporary / CONFIG, to_json(config))
                 with writing(temporary):
                     tokenizer.save(temporary / tokenizer.file_name)
@@ -148,7 +148,7 @@ def _save_tensors(folder: Path, tensors: dict[str, Tensor], world: World) -> Non
         raise
 
 
-def _join_shards(folder: Path) -> None:
+def _join_shards(folder: Path, weights: dict[str, Tensor]) -> None:
     """Make the files that the ranks wrote one, which ``safetensors`` alone reads whole."""
     shards = sorted(folder.iterdir())
     path = folder / WEIGHTS
@@ -156,12 +156,7 @@ def _join_shards(folder: Path) -> None:
         if len(shards) == 1:
             shards[0].rename(path)
             return
-        reader = HuggingFaceStorageReader(str(folder))
-        tensors = {
-            name: torch.empty(saved.size, dtype=saved.properties.dtype)
-            for name, saved in reader.read_metadata().state_dict_metadata.items()
-            if isinstance(saved, TensorStorageMetadata)  # which all are
-        }
+        tensors = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in weights.items()}
         _load_tensors(folder, tensors)
         for shard in shards:
             shard.unlink()
@@ -344,12 +339,28 @@ def load_tensors(
 
 def _load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
     _expect_a_single_process()
+    _expect_whole(folder, tensors)
     try:
         # no_dist: every rank reads for itself, so no rank waits for one that failed.
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     except CheckpointException as error:
         cause = str(next(iter(error.failures.values()))[0]).splitlines()[0]
         raise UserError(f"{folder}: does not fit the model of its config.json: {cause}") from None
+
+
+def _expect_whole(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Raise UserError where the files in a folder do not make up the tensors.
+
+    The storage takes what files it finds, and would leave the values of a missing one as they are.
+    """
+    saved = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    for name, tensor in tensors.items():
+        got = sum(chunk.sizes.numel() for chunk in getattr(saved.get(name), "chunks", ()))
+        if got != tensor.numel():
+            raise UserError(
+                f"{folder}: does not fit the model: expected {tensor.numel()} values of {name}, "
+                f"got {got} (do all processes share this folder?)"
+            )
 
 
 def load_model(

@@ -143,6 +143,8 @@ class Checkpointer:
         self, save: Save, state: State, weights: dict[str, Tensor], moments: dict[str, Tensor]
     ) -> None:
         """What the thread does."""
+        if self._world.device.type == "cuda":
+            torch.cuda.set_device(self._world.device)  # a thread begins with the first GPU
         try:
             save.folder = save_checkpoint(
                 self._config, state, self._tokenizer, weights, moments, self._aside
