@@ -130,9 +130,7 @@ def test_what_one_way_saves_every_way_loads(
         shards = sorted((folder / "optimizer").iterdir())
         assert len(shards) == (1 if step == 0 else 2)
         shards[-1].unlink()  # what it held would be left as it was
-        with pytest.raises(
-            UserError, match=r"optimizer: does not fit the model: expected \d+ v"
-        ):
+        with pytest.raises(UserError, match=r"optimizer: does not fit the model: expected \d+ v"):
             load_tensors(folder, model, optimizer)
 
 
