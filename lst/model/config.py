@@ -89,6 +89,7 @@ class ModelConfig:
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)  # of the global transformer
     norm_eps: float = 1e-5
     tied: bool = False  # the head's weight is the embedding's
+    special_pieces: tuple[int, int] | None = None  # of <bos> and <eos> in the Llama it started from
 
     def __post_init__(self) -> None:
         if self.encoder.dim != self.decoder.dim:

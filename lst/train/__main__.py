@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from lst.errors import UserError, run_command
+from lst.model.llama import from_llama
 from lst.presets import DESCRIPTIONS, PRESETS
 from lst.train.config import TrainConfig
 from lst.train.distributed import SharedError, launched_rank
@@ -64,7 +65,10 @@ def parse(arguments: list[str]) -> Command:
         raise UserError(
             f"--out: a run goes on in its own folder, {started.out}; got {command.config.out}"
         )
-    return replace(command, resume=None if resumed is None else str(resumed))
+    config = command.config
+    if config.warm_start is not None and (started is None or preset is not None):
+        config = replace(config, model=from_llama(config.model, config.warm_start))
+    return replace(command, config=config, resume=None if resumed is None else str(resumed))
 
 
 def _resumed_folder(options: list[str], out: Path) -> Path | None:

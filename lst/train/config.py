@@ -81,6 +81,8 @@ class TrainConfig:
     evaluate: bool = True  # story completion at the end
     max_skipped: int = 5  # updates in a row that may not be finite; the last of them ends the run
     peak_tflops: float | None = None  # of one device, that MFU is of; None: what its name tells
+    warm_start: Path | None = None  # a Llama checkpoint that gives the global transformer, which
+    # ``model`` then describes (lst.model.llama); read at the start of a run alone
     wandb: str | None = None  # a project of Weights & Biases to log to as well
 
     def __post_init__(self) -> None:

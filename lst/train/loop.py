@@ -42,6 +42,7 @@ from lst.train.status import Status
 from lst.train.step import backward, global_counts, read_step, rehearse
 from lst.train.stories import complete_stories
 from lst.train.validation import validate
+from lst.train.warm_start import start_from_llama
 
 MAX_RECORDS = 16  # named in a message; events.jsonl names all
 
@@ -136,6 +137,8 @@ def prepare(
             load_tensors(checkpoint, model, optimizer)
         else:
             initialise_weights(model, config.seed)
+            if config.warm_start is not None:
+                start_from_llama(model, config, corpus)
             if world.is_main and not resume:
                 create_run(config)
                 status.begin()

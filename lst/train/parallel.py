@@ -18,7 +18,7 @@ their input to it, ``token_losses`` the logits. So strategies agree to the round
 and in float32 to that of a sum's order.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -28,6 +28,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from lst.errors import UserError
 from lst.model import LanguageModel
 from lst.model.layers import truncated_normal
 from lst.train.config import ParallelConfig, TrainConfig
@@ -144,12 +145,31 @@ def initialise_weights(model: LanguageModel, seed: int) -> None:
     def draw(weight: Tensor, deviation: float) -> None:
         whole = torch.empty(weight.shape, dtype=weight.dtype)
         truncated_normal(whole, deviation, generator)
-        if isinstance(weight, DTensor):
-            mesh, placements = weight.device_mesh, weight.placements
-            whole = distribute_tensor(whole, mesh, placements, src_data_rank=None)
-        weight.copy_(whole)
+        _fill(weight, whole)
 
     model.initialise(draw)
+
+
+def fill_weights(model: LanguageModel, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Give some weights, by their names, whole values that every rank has read.
+
+    Raises:
+        UserError: a value of another shape.
+    """
+    ours = model.weights()
+    for name, whole in weights:
+        if whole.shape != ours[name].shape:
+            raise UserError(
+                f"{name}: expected shape {tuple(ours[name].shape)}, got {tuple(whole.shape)}"
+            )
+        _fill(ours[name], whole)
+
+
+def _fill(weight: Tensor, whole: Tensor) -> None:
+    if isinstance(weight, DTensor):
+        mesh, placements = weight.device_mesh, weight.placements
+        whole = distribute_tensor(whole, mesh, placements, src_data_rank=None)
+    weight.copy_(whole)
 
 
 @contextmanager
