@@ -59,6 +59,9 @@ def make_executor(corpus: CorpusConfig, config: ExecutorConfig) -> Any:
             f"--executor {config.executor} needs datatrove, which is not installed: "
             "pip install 'lst[scale]'"
         ) from None
+    slurm = config.slurm
+    if config.executor == "slurm" and not slurm.partition:
+        raise UserError("--slurm.partition: expected the partition to run on, got none")
     plan_corpus(corpus)
     common = {
         "pipeline": [PrepareShards(corpus)],
@@ -69,9 +72,6 @@ def make_executor(corpus: CorpusConfig, config: ExecutorConfig) -> Any:
     }
     if config.executor == "local":
         return LocalPipelineExecutor(**common)
-    slurm = config.slurm
-    if not slurm.partition:
-        raise UserError("--slurm.partition: expected the partition to run on, got none")
     return SlurmPipelineExecutor(
         **common,
         partition=slurm.partition,

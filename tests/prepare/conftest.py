@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 import soundfile
 
@@ -73,10 +72,3 @@ def prepare(tmp_path, codebook):
         return [dataset[row] for row in range(len(dataset))]
 
     return prepare
-
-
-def units_of(path: Path, codebook: Path) -> np.ndarray:
-    """What a 16 kHz file's units are, by no code of the preparation."""
-    waveform, rate = soundfile.read(path, dtype="float32")
-    assert rate == SAMPLE_RATE
-    return LogMelKMeans.load(codebook).encode(waveform)

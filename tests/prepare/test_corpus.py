@@ -1,0 +1,490 @@
+"""A corpus is a function of its inputs: however it was stopped, shared out or damaged on the way,
+nothing is done twice, nothing is lost, and what is no record is listed."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import soundfile
+
+from lst.data.records import Dataset
+from lst.errors import UserError
+from lst.prepare import corpus, speech
+from lst.prepare.corpus import CorpusConfig, describe_corpus, plan_corpus, prepare_corpus
+from lst.prepare.executors import ExecutorConfig, make_executor
+from lst.prepare.sources import Utterance
+from lst.prepare.speech import Studio
+
+ROOT_COMMAND = [sys.executable, "-m", "lst.prepare", "corpus"]
+
+
+def content_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def skipped_in(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def config(tmp_path, spoken_folder, codebook):
+    """Six inputs in three shards."""
+    return CorpusConfig(
+        out=tmp_path / "made", folder=spoken_folder, codebook=codebook, source="s", shard_inputs=2
+    )
+
+
+@pytest.fixture
+def made(config):
+    """What comes of them in one go."""
+    config = replace(config, out=config.out.with_name("in-one-go"))
+    assert prepare_corpus(config).dataset
+    return content_of(config.out)
+
+
+class Killed(BaseException):
+    """As a kill: nothing here is meant to catch it."""
+
+
+@pytest.fixture
+def prepared(monkeypatch):
+    """The ids of the utterances that are prepared; kill_after(n) ends the process after n."""
+    done = []
+    original = Studio.prepare
+    done_at_most = [None]
+
+    def counting(self, utterance):
+        if len(done) == done_at_most[0]:
+            raise Killed
+        done.append(utterance.id)
+        return original(self, utterance)
+
+    monkeypatch.setattr(Studio, "prepare", counting)
+    counting.done, counting.done_at_most = done, done_at_most
+    return counting
+
+
+def test_a_dataset_is_its_shards_in_the_order_of_the_inputs(config, made):
+    assert set(made) == {
+        "plan.json", "skipped.jsonl", "dataset.json",
+        "shard-00000.parquet", "shard-00001.parquet", "shard-00002.parquet",
+    }  # fmt: skip
+    dataset = Dataset.open(config.out.with_name("in-one-go"))
+    assert [dataset[row].id for row in range(6)] == [
+        "book0/0", "book0/2", "book0/4", "book1/1", "book1/3", "book1/5"
+    ]  # fmt: skip
+    assert made["skipped.jsonl"] == b""
+    plan = json.loads(made["plan.json"])
+    assert plan["result"] == {
+        "inputs": 6, "records": 6, "frames": dataset.info.num_frames, "unaligned": 6, "skipped": 0
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("stops", [(1,), (2,), (3, 1), (0, 1, 1, 5)])
+def test_a_run_that_is_killed_anywhere_goes_on_after_its_last_file(config, made, prepared, stops):
+    for stop in stops:
+        prepared.done_at_most[0] = len(prepared.done) + stop
+        if prepared.done_at_most[0] < 6:
+            with pytest.raises(Killed):
+                prepare_corpus(config)
+            assert not (config.out / "dataset.json").exists()
+    prepared.done_at_most[0] = None
+    assert prepare_corpus(config).dataset
+    assert content_of(config.out) == made
+    assert len(prepared.done) == 6
+    assert not (config.out / "work").exists()
+
+
+def test_a_line_of_the_journal_that_is_torn_is_prepared_again(config, made, prepared):
+    prepared.done_at_most[0] = len(prepared.done) + 3
+    with pytest.raises(Killed):
+        prepare_corpus(config)
+    journal = config.out / "work" / "journal-00001.jsonl"
+    content = journal.read_bytes()
+    for torn in (content[:-20], b"\0" * 30, content[: len(content) // 2] + b"\n"):
+        journal.write_bytes(torn)
+        before = len(prepared.done)
+        prepared.done_at_most[0] = before + 1
+        with pytest.raises(Killed):
+            prepare_corpus(config)
+        assert prepared.done[before:] == ["book0/4"]
+    prepared.done_at_most[0] = None
+    prepare_corpus(config)
+    assert content_of(config.out) == made
+
+
+def test_a_finished_dataset_is_left_as_it_is(config, prepared):
+    prepare_corpus(config)
+    before = {path: path.stat().st_mtime_ns for path in config.out.iterdir()}
+    del prepared.done[:]
+    assert prepare_corpus(config).dataset
+    assert {path: path.stat().st_mtime_ns for path in config.out.iterdir()} == before
+    assert prepared.done == []
+
+
+@pytest.mark.parametrize(
+    ("order", "last"), [((0, 1, 2, 3), [False, False, True, True]), ((3, 1, 0, 2), [False] * 3)]
+)
+def test_any_number_of_ranks_makes_the_same_dataset(config, made, order, last):
+    results = [prepare_corpus(replace(config, rank=rank, world_size=4)) for rank in order]
+    assert [result.dataset for result in results][: len(last)] == last
+    assert results[-1].dataset
+    assert sum(result.num_records for result in results) == 6
+    assert content_of(config.out) == made
+
+
+def test_no_two_processes_are_at_one_shard(config):
+    plan_corpus(config)
+    journal = config.out / "work" / "journal-00000.jsonl"
+    with corpus._journal(journal), pytest.raises(UserError, match="another process is at this sh"):
+        prepare_corpus(config)
+    prepare_corpus(config)
+
+
+def test_a_folder_begun_with_other_options_is_refused(config, sentences, tmp_path):
+    from lst.speech.units import LogMelKMeans
+
+    prepare_corpus(config)
+    before = content_of(config.out)
+    other = tmp_path / "other.safetensors"
+    LogMelKMeans.fit([sentences[0].speech.waveform], num_units=4).save(other)
+    changes = {
+        "codebook": {"codebook": other},
+        "untranscribed": {"untranscribed": True},
+        "source": {"source": "t"},
+        "shard_inputs": {"shard_inputs": 3},
+    }
+    for name, change in changes.items():
+        with pytest.raises(UserError, match=rf"was begun with another {name};"):
+            prepare_corpus(replace(config, **change))
+    shutil.copy(config.folder / "book0" / "0.flac", config.folder / "one-more.flac")
+    with pytest.raises(UserError, match=r"was begun with another folder;"):
+        prepare_corpus(config)
+    assert content_of(config.out) == before
+
+
+def test_a_folder_with_other_things_in_it_is_refused(config):
+    config.out.mkdir()
+    (config.out / "thesis.doc").write_text("precious")
+    with pytest.raises(UserError, match=r"expected an empty or absent folder, got thesis\.doc"):
+        prepare_corpus(config)
+    (config.out / "thesis.doc").unlink()
+    (config.out / "plan.json").write_text("{")
+    with pytest.raises(UserError, match=r"plan\.json: expected the plan of a corpus, got"):
+        prepare_corpus(config)
+
+
+def test_a_folder_that_cannot_be_written_is_named(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/made.*cannot be written \(Not a directory\)"):
+        prepare_corpus(replace(config, out=tmp_path / "file" / "made"))
+
+
+# What is no record --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def damaged(spoken_folder, sentences):
+    """Six good files and one of each kind of damage; what is wrong with each."""
+    flac = (spoken_folder / "book0" / "0.flac").read_bytes()
+    (spoken_folder / "cut.flac").write_bytes(flac[: len(flac) // 2])
+    (spoken_folder / "empty.flac").write_bytes(b"")
+    (spoken_folder / "html.mp3").write_text("<html>404</html>" * 50)
+    samples = sentences[0].speech.waveform.copy()
+    samples[500] = np.inf
+    soundfile.write(spoken_folder / "inf.wav", samples, 16_000, subtype="FLOAT")
+    soundfile.write(spoken_folder / "silent.wav", np.zeros(0), 16_000)
+    for name in ("cut", "empty", "html", "inf", "silent"):
+        (spoken_folder / f"{name}.txt").write_text("hello")
+    (spoken_folder / "mute.flac").write_bytes(flac)
+    (spoken_folder / "blank.flac").write_bytes(flac)
+    (spoken_folder / "blank.txt").write_text(" \n")
+    (spoken_folder / "latin.flac").write_bytes(flac)
+    (spoken_folder / "latin.txt").write_bytes("Käse".encode("latin-1"))
+    return {
+        "cut.flac": "damaged",
+        "empty.flac": "not readable as audio",
+        "html.mp3": "not readable as audio",
+        "inf.wav": "inf for a sample",
+        "silent.wav": "expected audio, got 0 samples",
+        "mute.flac": "no transcript",
+        "blank.flac": "no transcript",
+        "latin.flac": "not readable as text",
+    }
+
+
+def test_what_is_unfit_is_skipped_counted_and_listed(config, damaged):
+    config = replace(config, max_skipped_share=0.6)
+    made = prepare_corpus(config)
+    assert (made.num_records, made.num_skipped) == (6, 8)
+    listed = {
+        each["where"].rpartition("/")[2]: each["reason"]
+        for each in skipped_in(config.out / "skipped.jsonl")
+    }
+    assert set(listed) == set(damaged)
+    for name, reason in damaged.items():
+        assert reason in listed[name]
+    assert len(Dataset.open(config.out)) == 6
+    assert describe_corpus(config.out).endswith(
+        f"6 of them without word times; 8 skipped, listed in {config.out / 'skipped.jsonl'}"
+    )
+
+
+def test_audio_without_a_transcript_is_kept_where_asked_for(config, damaged):
+    made = prepare_corpus(replace(config, max_skipped_share=0.6, untranscribed=True))
+    assert (made.num_records, made.num_skipped) == (8, 6)
+    dataset = Dataset.open(config.out)
+    assert {dataset[row].id for row in range(8) if dataset[row].text is None} == {"mute", "blank"}
+
+
+def test_more_of_it_than_its_share_stops_the_job_and_keeps_what_is_prepared(
+    config, damaged, prepared
+):
+    for world_size, name in ((1, "skipped.jsonl"), (2, "skipped-rank-1.jsonl")):
+        config = replace(config, rank=world_size - 1, world_size=world_size, max_skipped_share=0.5)
+        if world_size == 2:
+            shutil.rmtree(config.out)
+            prepare_corpus(replace(config, rank=0, max_skipped_share=1.0))
+        with pytest.raises(UserError, match=r"8 of 14 skipped, more than --max-skipped-share 0\.5"):
+            prepare_corpus(config)
+        assert not (config.out / "dataset.json").exists()
+        assert len(skipped_in(config.out / name)) == 8
+        del prepared.done[:]
+        with pytest.raises(UserError, match=rf"listed in .*{name}, the first: .*: .*larger share"):
+            prepare_corpus(config)
+        assert prepared.done == []
+    assert prepare_corpus(replace(config, max_skipped_share=0.6)).dataset
+    assert prepared.done == []
+    assert len(skipped_in(config.out / "skipped.jsonl")) == 8
+    assert not list(config.out.glob("skipped-rank-*"))
+
+
+def test_a_job_that_finds_nothing_fit_stops_early(config, prepared, monkeypatch):
+    monkeypatch.setattr(corpus, "ENOUGH_SEEN", 2)
+    for path in config.folder.rglob("*.txt"):
+        path.unlink()
+    with pytest.raises(UserError, match="2 of 2 skipped"):
+        prepare_corpus(config)
+    assert len(prepared.done) == 2
+
+
+def test_records_that_parquet_cannot_hold_are_skipped(tmp_path, prepare):
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n{"text": "\\ud800"}\n')
+    (record,) = prepare(text=(tmp_path / "a.jsonl",), max_skipped_share=0.5)
+    assert record.text == "good"
+    (skipped,) = skipped_in(tmp_path / "made" / "skipped.jsonl")
+    assert "record 'a.jsonl:17'" in skipped["reason"]
+    assert "surrogates not allowed" in skipped["reason"]
+
+
+# Long audio and aligners --------------------------------------------------------------------------
+
+
+class FrameByFrame:
+    """An encoder whose units depend on their own frame alone."""
+
+    num_units, frame_rate, fingerprint = 32_000, 25, "sha256:00"
+
+    def encode(self, waveform):
+        frames = np.zeros(-(-len(waveform) // 640) * 640)
+        frames[: len(waveform)] = waveform
+        return (np.abs(frames.reshape(-1, 640)).mean(1) * 30_000).astype(np.int16)
+
+
+def studio(**options):
+    defaults = {"encoder": FrameByFrame(), "aligner": None, "untranscribed": False, "source": "s"}
+    return Studio(**(defaults | options))
+
+
+@pytest.mark.parametrize("num_samples", [640 * 100, 640 * 100 + 1, 640 * 109 - 1])
+def test_long_audio_is_encoded_in_stretches_as_if_at_once(tmp_path, monkeypatch, num_samples):
+    path = tmp_path / "long.wav"
+    samples = np.random.default_rng(0).uniform(-0.5, 0.5, num_samples).astype(np.float32)
+    soundfile.write(path, samples, 16_000, subtype="FLOAT")
+    monkeypatch.setattr(speech, "STRETCH", 640 * 10)
+    monkeypatch.setattr(speech, "CONTEXT", 640 * 3)
+    utterance = Utterance(id="a", where="a", audio=str(path), text="hi", start=0.08)
+    record = studio().prepare(utterance)
+    np.testing.assert_array_equal(record.units, FrameByFrame().encode(samples[1280:]))
+
+
+class Halves:
+    """An aligner that gives the first word the first half, and knows no digits."""
+
+    def __init__(self):
+        self.heard = []
+
+    def reason_against(self, num_samples, text):
+        return "digits" if text.isdigit() else None
+
+    def align(self, waveforms, texts):
+        from lst.speech.alignment import Alignment
+        from lst.speech.synthesis import Timed
+
+        ((waveform,), (text,)) = waveforms, texts
+        self.heard.append(text)
+        end = len(waveform) / 16_000
+        chars = tuple(Timed(char, 0.0, 0.0) for char in text)
+        first, last = text.split()
+        words = (Timed(first, 0.0, end / 2), Timed(last, end / 2, end))
+        return [Alignment(words=words, chars=chars, score=0.0)]
+
+
+def test_an_aligner_finds_the_words_that_no_manifest_has_times_of(tmp_path):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, np.full(16_000, 0.1), 16_000)
+    aligner = Halves()
+    prepare = studio(aligner=aligner).prepare
+    utterance = Utterance(id="a", where="a", audio=str(path), text=" Hello \n there. ")
+    record = prepare(utterance)
+    assert record.text == "Hello there."
+    assert [(w.word, w.start, w.stop) for w in record.words] == [
+        ("Hello", 0, 12), ("there.", 12, 25)
+    ]  # fmt: skip
+    assert len(record.chars) == len("Hello there.")
+    timed = prepare(replace(utterance, words=[("hello", 0.0, 0.2), ("there", 0.3, 0.4)]))
+    assert [(w.word, w.start, w.stop) for w in timed.words] == [("Hello", 0, 5), ("there.", 8, 10)]
+    assert prepare(replace(utterance, text="1984")).words is None
+    assert aligner.heard == ["Hello there."]
+
+
+# The command --------------------------------------------------------------------------------------
+
+
+def command(config, *more):
+    return [
+        *ROOT_COMMAND, "--out", config.out, "--folder", config.folder,
+        "--codebook", config.codebook, "--source", config.source, *more,
+    ]  # fmt: skip
+
+
+def test_kill_9_in_the_middle_costs_one_file_at_most(config, prepared, tmp_path):
+    for copy in range(40):
+        for path in (config.folder / "book0").glob("*"):
+            if not path.stem.count("-"):
+                shutil.copy(path, path.with_stem(f"{path.stem}-{copy}"))
+    config = replace(config, shard_inputs=50)
+    process = subprocess.Popen(command(config, "--shard-inputs", "50"), stderr=subprocess.DEVNULL)
+    journal = config.out / "work" / "journal-00001.jsonl"
+    for _ in range(6000):
+        if journal.is_file() and journal.read_bytes().count(b"\n") >= 5:
+            break
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(60) == -signal.SIGKILL
+    kept = 50 + journal.read_bytes().count(b"\n")
+    assert 55 <= kept < 126
+    prepare_corpus(config)
+    assert len(prepared.done) == 126 - kept
+    interrupted = content_of(config.out)
+    other = replace(config, out=tmp_path / "other")
+    prepare_corpus(other)
+    assert content_of(other.out) == interrupted
+
+
+def run(arguments, **options):
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=120, **options)
+
+
+def test_the_command_says_what_it_made_and_what_is_wrong(config, damaged):
+    wrong = run(command(config, "--shard-inputs", "2"))
+    assert wrong.returncode == 2
+    assert wrong.stderr.splitlines()[-1].startswith("error: 8 of 14 skipped, more than --max-skip")
+    made = run(command(config, "--shard-inputs", "2", "--max-skipped-share", "1"))
+    assert made.returncode == 0
+    assert made.stdout.startswith(f"{config.out}: 6 records, 0.00 hours, 6 of them without word t")
+
+
+def test_datatrove_runs_ranks_on_this_machine(config, made):
+    pytest.importorskip("datatrove")
+    by = ("--shard-inputs", "2", "--executor", "local", "--tasks", "2")
+    done = run(command(config, *by))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{config.out}: 6 records")
+    assert content_of(config.out) == made
+    stats = json.loads((config.out / "logs" / "stats.json").read_text())
+    (step,) = [each for each in stats if "records" in each["name"]]
+    assert step["stats"]["records"]["total"] == 6
+    again = run(command(config, *by))
+    assert again.returncode == 0, again.stderr
+    assert content_of(config.out) == made
+
+
+def test_datatrove_passes_on_what_is_wrong(config, damaged):
+    pytest.importorskip("datatrove")
+    done = run(command(config, "--executor", "local", "--tasks", "1"))
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: 8 of 14 skipped")
+
+
+SBATCH = """#!/bin/bash
+n=$(ls "$FAKE" | grep -c script)
+cp "${@: -1}" "$FAKE/script-$n.sh"
+echo "$@" > "$FAKE/arguments-$n"
+echo Submitted batch job $((100 + n))
+"""
+SRUN = '#!/bin/bash\nshift 3\nexec "$@"\n'
+SCONTROL = "#!/bin/bash\necho localhost\n"
+
+
+def test_datatrove_submits_a_slurm_array_whose_tasks_make_the_dataset(config, made, tmp_path):
+    pytest.importorskip("datatrove")
+    fake = tmp_path / "fake"
+    fake.mkdir()
+    for name, content in {"sbatch": SBATCH, "srun": SRUN, "scontrol": SCONTROL}.items():
+        (fake / name).write_text(content)
+        (fake / name).chmod(0o755)
+    scripts = os.path.dirname(sys.executable)
+    environment = os.environ | {
+        "FAKE": str(fake), "PATH": f"{fake}:{scripts}:{os.environ['PATH']}"
+    }  # fmt: skip
+    submitted = run(
+        command(
+            config, "--shard-inputs", "2", "--executor", "slurm", "--tasks", "2",
+            "--slurm.partition", "cpu", "--slurm.time", "1:00:00", "--slurm.gpus-per-task", "1",
+            "--slurm.setup", "export LST_WAS_SET_UP=1",
+        ),
+        env=environment,
+    )  # fmt: skip
+    assert submitted.returncode == 0, submitted.stderr
+    assert not (config.out / "dataset.json").exists()
+    script = (fake / "script-0.sh").read_text()
+    for line in ("--partition=cpu", "--time=1:00:00", "--array=0-1", "--gpus=1",
+                 "--job-name=prepare-made", "--cpus-per-task=1", "--mem-per-cpu=8G"):  # fmt: skip
+        assert f"#SBATCH {line}\n" in script
+    assert "export LST_WAS_SET_UP=1\n" in script
+    assert (fake / "arguments-0").read_text().startswith("--export=ALL,RUN_OFFSET=0")
+    for task in ("1", "0"):
+        as_slurm = environment | {"SLURM_ARRAY_TASK_ID": task, "SLURM_NODELIST": "localhost"}
+        done = run(["bash", fake / "script-0.sh"], env=as_slurm)
+        assert done.returncode == 0, done.stderr
+    assert content_of(config.out) == made
+
+
+BAD_EXECUTORS = [
+    ({"executor": "slurm"}, {}, "--slurm.partition: expected the partition to run on, got none"),
+    ({"executor": "local", "tasks": 0}, {}, "--tasks: expected 1 or more, got 0"),
+    ({"executor": "local"}, {"world_size": 2}, "--world-size: expected no ranks beside --executor"),
+]
+
+
+@pytest.mark.parametrize(("options", "ranks", "message"), BAD_EXECUTORS)
+def test_an_executor_needs_its_options(config, options, ranks, message):
+    pytest.importorskip("datatrove")
+    with pytest.raises(UserError, match=message):
+        make_executor(replace(config, **ranks), ExecutorConfig(**options))
+    assert not config.out.exists()
+
+
+def test_without_datatrove_an_executor_names_the_extra(config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datatrove.executor", None)
+    with pytest.raises(UserError, match=r"--executor local needs datatrove.*'lst\[scale\]'"):
+        make_executor(config, ExecutorConfig(executor="local"))
