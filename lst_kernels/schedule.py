@@ -55,9 +55,9 @@ def queries_per_range(start: Tensor, stop: Tensor) -> int:
     """
     num_queries = start.shape[0]
     differs = (start[1:] != start[:-1]) | (stop[1:] != stop[:-1])
-    firsts = torch.cat((differs.new_ones(min(num_queries, 1)), differs)).nonzero().flatten()
-    if (start[firsts[1:]] < stop[firsts[:-1]]).any():
+    if (differs & (start[1:] < stop[:-1])).any():
         return 0
+    firsts = torch.cat((differs.new_ones(min(num_queries, 1)), differs)).nonzero().flatten()
     runs = torch.diff(firsts, append=firsts.new_tensor([num_queries]))
     shared = runs[start[firsts] < stop[firsts]]
     if len(shared) == 0:

@@ -1,8 +1,18 @@
 """What tests of several parts share."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where encoded records are kept, for the length of the run."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LST_CACHE", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")

@@ -110,7 +110,8 @@ def _piece_spans(text: str, chars: np.ndarray, piece_ends: np.ndarray) -> np.nda
 
 def spans_within(spans: np.ndarray, start: int, stop: int) -> np.ndarray:
     """Those of ``spans`` that start in [start, stop), counted from ``start``, cut at ``stop``."""
-    first, last = np.searchsorted(spans[:, 0], (start, stop))
+    starts = spans[:, 0]
+    first, last = starts.searchsorted(start), starts.searchsorted(stop)
     return np.minimum(spans[first:last], stop) - start
 
 

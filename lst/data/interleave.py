@@ -9,7 +9,8 @@ An aligned record becomes text and speech spans in turn, each opened by its mark
 
 A text span has 5 to 30 words, the speech span after it half as many. The silence between two words
 on either side of a switch is cut in half: the speech side keeps its half, the other half, which
-belongs to the text, disappears. A record can be trained on in other ways too:
+belongs to the text, disappears. A span's text tokens are the pieces of all the record's words,
+joined by blanks, that end in the span's words. A record can be trained on in other ways too:
 
     interleaved      <bos> <t> text <s> units <t> text … <eos>
     speech           <bos> <s> units <eos>
@@ -27,7 +28,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from lst.data.alignment import Alignment, aligned_spans, spans_within, with_noise
+from lst.data.alignment import Alignment, spans_within, with_noise
+from lst.data.encoded import EncodedRecord, encode_record
 from lst.data.records import Record
 from lst.errors import UserError
 from lst.vocabulary import BOS, EOS, SPEECH, TEXT, Tokenizer, Vocabulary
@@ -37,6 +39,7 @@ __all__ = [
     "Document",
     "DocumentKind",
     "Mode",
+    "encoded_document",
     "item_document",
     "record_document",
     "stable_rng",
@@ -99,11 +102,25 @@ def record_document(
     Raises:
         UserError: the kind needs text, units or aligned words that the record does not have.
     """
+    encoded = encode_record(record, tokenizer, alignment.by)
+    return encoded_document(encoded, vocabulary, rng, kind, noise_ms=alignment.noise_ms)
+
+
+def encoded_document(
+    record: EncodedRecord,
+    vocabulary: Vocabulary,
+    rng: np.random.Generator,
+    kind: DocumentKind = "auto",
+    *,
+    noise_ms: float = 0.0,
+) -> Document:
+    """:func:`record_document` of a record that is encoded already."""
     if kind not in DOCUMENT_KINDS:
         raise ValueError(f"expected a kind of {DOCUMENT_KINDS}, got {kind!r}")
     if kind == "auto":
-        kind = "text" if record.units is None else "interleaved" if record.words else "speech"
-    draft = _Draft(vocabulary, tokenizer, alignment)
+        has_words = record.words is not None
+        kind = "text" if record.units is None else "interleaved" if has_words else "speech"
+    draft = _Draft(vocabulary, noise_ms)
     if kind == "text":
         draft.text(_text_of(record), marker=False)
     elif kind == "interleaved":
@@ -113,7 +130,7 @@ def record_document(
             if modality == "text":
                 draft.text(_text_of(record))
             else:
-                draft.speech(_units_of(record), draft.spans_of(record), rng)
+                draft.speech(_units_of(record), record.aligned, rng)
     return draft.finish(record.id)
 
 
@@ -138,35 +155,35 @@ def item_document(
     modes: tuple[str, ...] = ("T→T", "S→S", "S→T", "T→S")
     if mode not in modes:
         raise ValueError(f"expected a mode of {modes}, got {mode!r}")
-    draft = _Draft(vocabulary, tokenizer, alignment)
+    draft = _Draft(vocabulary, alignment.noise_ms)
     side_before = "T" if mode == "T→T" else ""  # text alone has no marker
     for side, record in ((mode[0], prompt), (mode[2], ending)):
+        encoded = encode_record(record, tokenizer, alignment.by)
         if side == "T":
-            draft.text(_text_of(record), marker=side != side_before)
+            draft.text(_text_of(encoded), marker=side != side_before)
         else:
-            rng, units = stable_rng("item", record.id), _units_of(record)
-            draft.speech(units, draft.spans_of(record), rng, marker=side != side_before)
+            rng, units = stable_rng("item", record.id), _units_of(encoded)
+            draft.speech(units, encoded.aligned, rng, marker=side != side_before)
         side_before = side
     start = draft.last_start
     return draft.finish(ending.id, breaks=(start,), score_from=start, score_eos=False)
 
 
-def _interleave(draft: "_Draft", record: Record, rng: np.random.Generator) -> None:
+def _interleave(draft: "_Draft", record: EncodedRecord, rng: np.random.Generator) -> None:
     """Text and speech spans in turn, from the first word to the last. A fair coin says which comes
     first; the last span is as long as what is left."""
     units = _units_of(record)
-    if not record.words:
+    if record.words is None:
         raise UserError(f"record {record.id!r}: expected aligned words to interleave, got none")
-    words = np.array([(word.start, word.stop) for word in record.words], np.int32)
+    words = record.words
     # Word i's side of the stream is frames cuts[i] … cuts[i + 1]: each silence is cut in half.
-    cuts = np.concatenate(([0], (words[:-1, 1] + words[1:, 0]) // 2, [len(units)])).tolist()
-    spans = draft.spans_of(record)
+    cuts = [0, *((words[:-1, 1] + words[1:, 0]) // 2).tolist(), len(units)]
     for is_text, first, stop in _draw_spans(len(words), rng):
         if is_text:
-            draft.text(" ".join(word.word for word in record.words[first:stop]))
+            draft.text(record.pieces[record.cuts[first] : record.cuts[stop]])
         else:
             start, end = cuts[first], cuts[stop]
-            draft.speech(units[start:end], spans_within(spans, start, end), rng)
+            draft.speech(units[start:end], spans_within(record.aligned, start, end), rng)
 
 
 def _draw_spans(num_words: int, rng: np.random.Generator) -> list[tuple[bool, int, int]]:
@@ -182,22 +199,23 @@ def _draw_spans(num_words: int, rng: np.random.Generator) -> list[tuple[bool, in
     return spans
 
 
+_SPECIALS = np.arange(SPEECH + 1, dtype=np.int32)[:, None]
+_NONE = np.zeros((0, 2), np.int32)
+
+
 class _Draft:
     """A document being written, span by span."""
 
-    def __init__(self, vocabulary: Vocabulary, tokenizer: Tokenizer, alignment: Alignment) -> None:
-        self._vocabulary, self._tokenizer, self._alignment = vocabulary, tokenizer, alignment
-        self._parts = [np.array([BOS], np.int32)]
-        self._aligned = [np.zeros((0, 2), np.int32)]
+    def __init__(self, vocabulary: Vocabulary, noise_ms: float) -> None:
+        self._vocabulary, self._noise_ms = vocabulary, noise_ms
+        self._parts = [_SPECIALS[BOS]]
+        self._aligned: list[np.ndarray] = []
         self._length = 1
         self.last_start = 1  # of the last span, after its marker
 
-    def spans_of(self, record: Record) -> np.ndarray:
-        return aligned_spans(record, self._tokenizer, self._alignment)
-
-    def text(self, text: str, *, marker: bool = True) -> None:
-        pieces = np.array(self._tokenizer.encode(text), np.int32)
-        self._add(TEXT if marker else None, self._vocabulary.piece_to_id(pieces))
+    def text(self, pieces: np.ndarray, *, marker: bool = True) -> None:
+        ids = self._vocabulary.piece_to_id(pieces.astype(np.int32))
+        self._add(TEXT if marker else None, ids)
 
     def speech(
         self, units: np.ndarray, spans: np.ndarray, rng: np.random.Generator, *, marker: bool = True
@@ -205,7 +223,7 @@ class _Draft:
         """A stretch of units, and the frames in it of what is aligned."""
         self._add(SPEECH if marker else None, self._vocabulary.encode_units(units))
         if self._vocabulary.speech_bpe is None:
-            spans = with_noise(spans, len(units), self._alignment.noise_ms, rng)
+            spans = with_noise(spans, len(units), self._noise_ms, rng)
             self._aligned.append(spans + self.last_start)
 
     def finish(
@@ -217,8 +235,8 @@ class _Draft:
         score_eos: bool = True,
     ) -> Document:
         return Document(
-            tokens=np.concatenate([*self._parts, np.array([EOS], np.int32)]),
-            aligned=np.concatenate(self._aligned),
+            tokens=np.concatenate([*self._parts, _SPECIALS[EOS]]),
+            aligned=np.concatenate(self._aligned) if self._aligned else _NONE,
             breaks=breaks,
             score_from=score_from,
             score_eos=score_eos,
@@ -227,20 +245,20 @@ class _Draft:
 
     def _add(self, marker: int | None, ids: np.ndarray) -> None:
         if marker is not None:
-            self._parts.append(np.array([marker], np.int32))
+            self._parts.append(_SPECIALS[marker])
             self._length += 1
         self.last_start = self._length
         self._parts.append(ids)
         self._length += len(ids)
 
 
-def _text_of(record: Record) -> str:
+def _text_of(record: EncodedRecord) -> np.ndarray:
     if record.text is None:
         raise UserError(f"record {record.id!r}: expected text, got none")
     return record.text
 
 
-def _units_of(record: Record) -> np.ndarray:
+def _units_of(record: EncodedRecord) -> np.ndarray:
     if record.units is None:
         raise UserError(f"record {record.id!r}: expected speech units, got none")
     return record.units

@@ -20,14 +20,17 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
-from lst.data.interleave import DOCUMENT_KINDS, DocumentKind, record_document, stable_rng
+from lst.data.encoded import EncodedDataset
+from lst.data.interleave import DOCUMENT_KINDS, DocumentKind, encoded_document, stable_rng
 from lst.data.packing import Packed, concatenate, patch_document, take
 from lst.data.patching import PatchingConfig, strategy_at
-from lst.data.records import Dataset
 from lst.errors import UserError
-from lst.vocabulary import Tokenizer, Vocabulary
+from lst.vocabulary import Vocabulary
 
 __all__ = ["Carry", "Lane", "LaneState", "Source", "SourceState"]
+
+
+_UNUSED = stable_rng("unused")  # for text, of which nothing is drawn: making one takes its time
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +121,8 @@ class Lane:
     num_lanes: int
     weights: Mapping[str, float]
     weights_in: Literal["tokens", "units"] = "tokens"
-    datasets: Mapping[str, Dataset]
+    datasets: Mapping[str, EncodedDataset]
     vocabulary: Vocabulary
-    tokenizer: Tokenizer
     row_units: int
     patching: PatchingConfig
     total_steps: int
@@ -131,6 +133,12 @@ class Lane:
             self.weights
         )  # a tie goes to the first, in whatever order the mixture is
         self._sources = {name: Source.parse(name) for name in self._names}
+        sizes = {name: len(self._dataset(name)) for name in self._names}
+        self._is_shared = {name: size < self.num_lanes for name, size in sizes.items()}
+        self._num_records = {
+            name: size if self._is_shared[name] else len(range(self.number, size, self.num_lanes))
+            for name, size in sizes.items()
+        }
         self._orders: dict[tuple[str, int], np.ndarray] = {}
 
     def first_state(self) -> LaneState:
@@ -169,7 +177,7 @@ class Lane:
 
     def _advance(self, drawn: Carry, source: SourceState, content: int) -> SourceState:
         epoch, position = drawn.epoch, drawn.position + 1
-        if position == self._num_records(drawn.source):
+        if position == self._num_records[drawn.source]:
             epoch, position = epoch + 1, 0
         return SourceState(epoch=epoch, position=position, delivered=source.delivered + content)
 
@@ -177,22 +185,22 @@ class Lane:
         """The whole patched document, and how much content it has: a pure function of what was
         drawn."""
         epoch = drawn.epoch
-        if self._is_shared(drawn.source):
+        if self._is_shared[drawn.source]:
             epoch = epoch * self.num_lanes + self.number  # no two lanes interleave a record alike
-        source = self._sources[drawn.source]
-        record = self.datasets[source.dataset][self._record_index(drawn)]
-        rng = stable_rng(self.seed, epoch, record.id)
-        document = record_document(
-            record,
-            self.vocabulary,
-            self.tokenizer,
-            rng,
-            source.kind,
-            alignment=self.patching.alignment,
-        )
+        dataset, kind = self._dataset(drawn.source), self._sources[drawn.source].kind
+        index = self._record_index(drawn)
+        record = dataset[index]
+        draws = record.units is not None and kind != "text"
+        rng = stable_rng(self.seed, epoch, record.id) if draws else _UNUSED
+        try:
+            document = encoded_document(
+                record, self.vocabulary, rng, kind, noise_ms=self.patching.boundary_noise_ms
+            )
+        except UserError as error:
+            raise UserError(f"{dataset.where(index)}, {error}") from None
         strategy = strategy_at(self.patching, drawn.row, self.total_steps, rng)
         packed = patch_document(document, self.vocabulary, strategy)
-        specials = int(self.vocabulary.is_special(document.tokens).sum())  # a patch each
+        specials = int(np.count_nonzero(self.vocabulary.is_special(document.tokens)))  # patches
         whole = packed.tokens if self.weights_in == "tokens" else packed.lengths
         return packed, len(whole) - specials
 
@@ -202,20 +210,12 @@ class Lane:
             rng = stable_rng("order", self.seed, drawn.source, self.number, drawn.epoch)
             for old in [old for old in self._orders if old[0] == drawn.source]:
                 del self._orders[old]
-            self._orders[key] = rng.permutation(self._num_records(drawn.source))
+            self._orders[key] = rng.permutation(self._num_records[drawn.source])
         place = int(self._orders[key][drawn.position])
-        return place if self._is_shared(drawn.source) else self.number + self.num_lanes * place
+        return place if self._is_shared[drawn.source] else self.number + self.num_lanes * place
 
-    def _is_shared(self, source: str) -> bool:
-        return len(self._dataset(source)) < self.num_lanes
-
-    def _dataset(self, source: str) -> Dataset:
+    def _dataset(self, source: str) -> EncodedDataset:
         return self.datasets[self._sources[source].dataset]
-
-    def _num_records(self, source: str) -> int:
-        if self._is_shared(source):
-            return len(self._dataset(source))
-        return len(range(self.number, len(self._dataset(source)), self.num_lanes))
 
     def _check(self, state: LaneState) -> None:
         where = f"lane {self.number} of {self.num_lanes}"
@@ -227,5 +227,5 @@ class Lane:
             *((name, source.position) for name, source in state.sources.items()),
             *((carry.source, carry.position) for carry in [state.carry] if carry is not None),
         ]:
-            if name not in self._sources or not 0 <= position < self._num_records(name):
+            if name not in self._sources or not 0 <= position < self._num_records[name]:
                 raise UserError(f"{where}: its state is not one of source {name!r} as it is now")

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from lst.data.batch import Batch, PlanConfig, make_batch, plan_batch
+from lst.data.encoded import EncodedDataset
 from lst.data.interleave import record_document, stable_rng
 from lst.data.lanes import Lane, LaneState, Source
 from lst.data.packing import MIN_ROOM, Packed, concatenate, patch_document
@@ -130,7 +131,6 @@ class TrainLoader:
                 weights_in=config.mixture_in,
                 datasets=datasets,
                 vocabulary=vocabulary,
-                tokenizer=tokenizer,
                 row_units=config.units_per_sequence - 1,
                 patching=config.patching,
                 total_steps=total_steps,
@@ -188,7 +188,7 @@ class _MicroBatches:
 
 def _open_datasets(
     config: DataConfig, vocabulary: Vocabulary, tokenizer: Tokenizer
-) -> dict[str, Dataset]:
+) -> dict[str, EncodedDataset]:
     datasets = {}
     for name in config.datasets:
         folder = Location(config.corpus) / "train" / name
@@ -203,7 +203,8 @@ def _open_datasets(
         source = Source.parse(key)
         if source.kind not in ("auto", "text") and not datasets[source.dataset].has_speech:
             raise UserError(f"data: {key!r} of the mixture: expected a dataset of speech, got text")
-    return datasets
+    by = config.patching.aligned_by
+    return {name: EncodedDataset(each, tokenizer, by) for name, each in datasets.items()}
 
 
 def _state_of(lane: Lane, states: Mapping[int, Mapping[str, Any]] | None) -> LaneState:

@@ -57,7 +57,8 @@ def patch_document(document: Document, vocabulary: Vocabulary, strategy: Strateg
     lengths, closed_late = patch_lengths(
         tokens, vocabulary, strategy, aligned=document.aligned, breaks=document.breaks
     )
-    targets = np.append(tokens[1:], np.int32(IGNORE))
+    targets = np.empty_like(tokens)
+    targets[:-1], targets[-1] = tokens[1:], IGNORE
     targets[: max(document.score_from - 1, 0)] = IGNORE
     if not document.score_eos:
         targets[-2] = IGNORE

@@ -199,9 +199,12 @@ def patch_lengths(
     if isinstance(strategy, NoPatching):
         return np.ones(num_tokens, np.int32), np.zeros(num_tokens, bool)
     is_unit = vocabulary.is_unit(tokens)
+    if not is_unit.any():
+        return np.ones(num_tokens, np.int32), np.zeros(num_tokens, bool)
     starts = np.ones(num_tokens, bool)
     starts[1:] = ~(is_unit[1:] & is_unit[:-1])
-    starts[list(breaks)] = True
+    for position in breaks:
+        starts[position] = True
     known = np.zeros(num_tokens + 1, bool)  # at i: the alignment says that a patch ends before i
     longest: int | None = strategy.size
     if isinstance(strategy, Aligned) and len(aligned):
@@ -210,19 +213,16 @@ def patch_lengths(
     starts |= known[:-1]
     if longest is not None:
         starts |= (np.arange(num_tokens) - _run_starts(starts)) % longest == 0
-    lengths = _lengths(starts)
+    edges = np.flatnonzero(np.append(starts, True))
+    lengths = (edges[1:] - edges[:-1]).astype(np.int32)
     # A patch ends where alignment says so, or when it is as long as a patch can be.
-    is_known = known[np.cumsum(lengths)] | (lengths == longest)
-    return lengths, is_unit[starts] & ~is_known
+    is_known = known[edges[1:]] | (lengths == longest)
+    return lengths, is_unit[edges[:-1]] & ~is_known
 
 
 def _run_starts(starts: np.ndarray) -> np.ndarray:
-    """(T,) the last start at or before each token."""
-    return np.maximum.accumulate(np.where(starts, np.arange(len(starts)), 0))
-
-
-def _lengths(starts: np.ndarray) -> np.ndarray:
-    return np.diff(np.flatnonzero(starts), append=len(starts)).astype(np.int32)
+    """(T,) the last start at or before each token; the first token is one."""
+    return np.maximum.accumulate(np.arange(len(starts)) * starts)
 
 
 def _known_ends(

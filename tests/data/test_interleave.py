@@ -144,16 +144,47 @@ def test_either_modality_may_come_first():
     assert 70 < np.sum(np.array(first) == TEXT) < 130
 
 
-def test_text_is_tokenised_as_a_stretch_and_not_word_by_word():
-    class Recorder(WordTokenizer):
-        def encode(self, text):
-            calls.append(text)
-            return super().encode(text)
+def test_a_text_span_is_the_pieces_of_the_whole_that_end_in_it():
+    class Merging(WordTokenizer):
+        """Every third blank is in a piece with the word before it and the word after it."""
 
-    calls = []
+        def encode(self, text):
+            return [piece for piece, _ in self.cut(text)]
+
+        def piece_ends(self, text):
+            return np.array([end for _, end in self.cut(text)], np.int32)
+
+        def cut(self, text):
+            words, pieces, end = text.split(" "), [], 0
+            for place, word in enumerate(words):
+                end += len(word) + (place > 0)
+                if place % 3 == 0 or place == len(words) - 1:
+                    pieces.append((int(word[1:]), end))
+            return pieces
+
     record = make_record([2] * 60, [1] * 61)
-    interleaved_document(record, VOCABULARY, Recorder(), np.random.default_rng(1))
-    assert all(len(call.split()) >= 5 for call in calls[:-1])
+    document = interleaved_document(record, VOCABULARY, Merging(), np.random.default_rng(1))
+    word = 0
+    for marker, ids, start in spans_of(document):
+        if marker == TEXT:
+            pieces = VOCABULARY.id_to_piece(ids).tolist()
+            stop = word
+            while silence_cuts_reach(spans_of(document), start, stop, record):
+                stop += 1
+            assert pieces == [each for each in range(word, stop) if each % 3 == 0 or each == 59]
+            word = stop
+        else:
+            cuts = silence_cuts(record)
+            word = cuts.index(cuts[word] + len(ids))
+
+
+def silence_cuts_reach(spans, start, stop, record):
+    """Whether word ``stop`` is still in the text span at ``start``: the speech after it begins
+    with a later word."""
+    following = [ids for marker, ids, place in spans if place > start and marker == SPEECH]
+    if not following:
+        return stop < len(record.words)
+    return silence_cuts(record)[stop] % 500 != VOCABULARY.id_to_unit(int(following[0][0]))
 
 
 def test_draws_depend_on_the_key_alone():

@@ -8,6 +8,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
+from lst.data.encoded import EncodedDataset
 from lst.data.interleave import record_document, stable_rng
 from lst.data.lanes import Lane, LaneState, Source
 from lst.data.packing import IGNORE, MIN_ROOM
@@ -26,11 +27,10 @@ def make_lane(corpus):
         defaults = {
             "num_lanes": 4,
             "datasets": {
-                name: Dataset.open(corpus.folder / "train" / name)
+                name: EncodedDataset(Dataset.open(corpus.folder / "train" / name), corpus.tokenizer)
                 for name in {key.split(":")[0] for key in weights}
             },
             "vocabulary": corpus.vocabulary,
-            "tokenizer": corpus.tokenizer,
             "row_units": 63,
             "patching": PatchingConfig(),
             "total_steps": 60,

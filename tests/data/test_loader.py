@@ -144,15 +144,35 @@ def tensors_of(value, name="batch"):
     return [found for each, part in inner for found in tensors_of(part, f"{name}.{each}")]
 
 
-def test_a_damaged_shard_is_one_line_from_a_worker_too(corpus, make_loader, tmp_path):
+def test_a_damaged_shard_is_one_line_before_the_first_batch(
+    corpus, make_loader, tmp_path, monkeypatch
+):
     shutil.copytree(corpus.folder / "train", tmp_path / "train")
     path = tmp_path / "train" / "text" / "shard-00001.parquet"
     path.write_bytes(path.read_bytes()[::-1])
+    monkeypatch.setenv("LST_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match=r"^\S*shard-00001\.parquet: expected content of SHA"):
+        make_loader(corpus=str(tmp_path))
+
+
+def test_a_record_that_cannot_be_read_is_one_line_from_a_worker_too(
+    make_loader, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("LST_CACHE", str(tmp_path / "cache"))
+    make_loader()
+    for path in (tmp_path / "cache").iterdir():
+        path.write_bytes(path.read_bytes()[:-100])
     for num_workers in (0, 1):
-        loader = make_loader(corpus=str(tmp_path), num_workers=num_workers)
-        with pytest.raises(UserError, match=r"^\S*shard-00001\.parquet: expected content of SHA"):
+        loader = make_loader(num_workers=num_workers)
+        with pytest.raises(UserError, match=r"^\S*\.arrow: expected the content that was"):
             steps(loader, 20)
     assert not multiprocessing.active_children()
+
+
+def test_a_record_that_is_not_of_the_kind_is_named_with_its_file(make_loader):
+    loader = make_loader(mixture={"bare:text": 1.0})
+    with pytest.raises(UserError, match=r"^\S*bare/shard-00000\.parquet, row \d, record 'b\d': "):
+        steps(loader, 1)
 
 
 def test_a_corpus_is_read_from_a_url_too(corpus, make_loader):
