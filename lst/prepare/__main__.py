@@ -13,6 +13,7 @@ from lst.prepare.demo import DemoConfig, describe, prepare_demo
 from lst.prepare.executors import ExecutorConfig, make_executor
 from lst.prepare.speech_bpe import SpeechBPEConfig, describe_speech_bpe, prepare_speech_bpe
 from lst.prepare.stats import describe_dataset
+from lst.prepare.tokenizer import TokenizerConfig, describe_tokenizer, prepare_tokenizer
 
 app = tyro.extras.SubcommandApp()
 Options = tyro.conf.arg(name="")
@@ -61,6 +62,12 @@ def stats(dataset: tyro.conf.Positional[Path], sample: int = 20_000) -> None:
     if sample < 1:
         raise UserError(f"--sample: expected 1 or more, got {sample}")
     print(describe_dataset(dataset, sample))
+
+
+@app.command
+def tokenizer(config: Annotated[TokenizerConfig, Options]) -> None:
+    """Make a corpus's tokenizer: train SentencePiece on text, or import a tokenizer."""
+    print(describe_tokenizer(config.out, prepare_tokenizer(config)))
 
 
 @app.command
