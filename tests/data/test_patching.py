@@ -1,6 +1,7 @@
 """Patches cover the tokens, and no patch tells a reader what comes next."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -53,6 +54,38 @@ def cut(units, strategy, aligned=(), breaks=()):
 
 def on_time(*lengths):
     return [(length, False) for length in lengths]
+
+
+WORDS = [(2, 5), (6, 8)]
+HALVES = [(2, 4), (4, 5), (6, 7), (7, 8)]
+EXAMPLES = {
+    "static, 3": (7, Static(size=3), ()),
+    "silence separate": (8, SEPARATE, WORDS),
+    "silence merged": (8, MERGED, WORDS),
+    "separate, at most 2": (8, Aligned(max_length=2), WORDS),
+    "merged, at most 4": (8, Aligned(silence="merged", max_length=4), WORDS),
+    "by pieces, two to a word": (8, SEPARATE, HALVES),
+    "token by token": (8, NoPatching(), WORDS),
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_docs_patching_shows_the_patches_of_the_paper_s_examples(name):
+    units, strategy, aligned = EXAMPLES[name]
+    numbers, patches = iter(range(units)), []
+    for length, late in cut(units, strategy, aligned):
+        words = " ".join(str(next(numbers)) for _ in range(length))
+        patches.append(words + "*" * late)
+    page = (Path(__file__).parents[2] / "docs" / "patching.md").read_text()
+    assert f"\n{name:<28}{' | '.join(patches)}\n" in page
+
+
+@pytest.mark.parametrize("name", ["mixed", "curriculum"])
+def test_drawn_patches_of_the_paper_s_example_are_static_or_aligned(name):
+    rng = np.random.default_rng(0)
+    drawn = [strategy_at(PatchingConfig(strategy=name), 50, 100, rng) for _ in range(20)]
+    cuts = {tuple(cut(8, strategy, WORDS)) for strategy in drawn}
+    assert cuts == {tuple(cut(8, Static(size=4), WORDS)), tuple(cut(8, SEPARATE, WORDS))}
 
 
 def test_static_patches_of_the_paper():
