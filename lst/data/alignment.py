@@ -41,16 +41,18 @@ class Alignment:
     noise_ms: float = 0.0
 
 
-def aligned_spans(record: Record, tokenizer: Tokenizer, alignment: Alignment) -> np.ndarray:
+def aligned_spans(record: Record, tokenizer: Tokenizer | None, alignment: Alignment) -> np.ndarray:
     """(A, 2) int32, the half-open frames of each unit of text, without noise.
 
     In order, disjoint, none of them empty: a word too short for a frame is left out, and so are
-    the words of a record that has none aligned.
+    the words of a record that has none aligned. Words need no tokenizer.
     """
     words = np.array([(word.start, word.stop) for word in record.words or ()], np.int32)
     words = words.reshape(-1, 2)
     if alignment.by == "words" or not (len(words) or record.chars):
         return words[words[:, 0] < words[:, 1]]
+    if tokenizer is None:
+        raise ValueError("expected a tokenizer to align its pieces, got None")
     if record.chars is not None and record.text is not None:
         text = record.text
         chars = np.array([(char.start, char.stop) for char in record.chars], np.int32)

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lst.data.alignment import pieces_are_estimated
-from lst.data.interleave import record_document, stable_rng
+from lst.data.alignment import aligned_spans, pieces_are_estimated, with_noise
+from lst.data.interleave import stable_rng
 from lst.data.patching import Aligned, PatchingConfig, patch_lengths, strategy_at
 from lst.data.records import FRAMES_PER_SECOND, Record
 from lst.speech_bpe import SpeechBPE
@@ -114,7 +114,7 @@ def usual_strategies(
 def patch_statistics(
     records: Iterable[Record],
     num_units: int,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     strategies: Sequence[PatchingConfig],
     *,
     speech_bpe: SpeechBPE | None = None,
@@ -123,7 +123,7 @@ def patch_statistics(
 
     Args:
         num_units: of the codebook.
-        tokenizer: whose pieces are aligned.
+        tokenizer: whose pieces are aligned; None where no strategy needs one.
         strategies: a curriculum counts as at its first step, where it is aligned.
         speech_bpe: for the strategy of that name.
 
@@ -131,7 +131,7 @@ def patch_statistics(
         As many as strategies; without records of speech, counts of 0.
     """
     totals = [PatchStatistics(patching=patching) for patching in strategies]
-    plain = Vocabulary(num_pieces=tokenizer.num_pieces, num_units=num_units)
+    plain = Vocabulary(num_pieces=0, num_units=num_units)  # text has no part in this
     pieces = replace(plain, speech_bpe=speech_bpe)
     for record in records:
         if record.units is None or not len(record.units):
@@ -143,39 +143,39 @@ def patch_statistics(
 
 
 def _statistics(
-    record: Record, vocabulary: Vocabulary, tokenizer: Tokenizer, patching: PatchingConfig
+    record: Record, vocabulary: Vocabulary, tokenizer: Tokenizer | None, patching: PatchingConfig
 ) -> PatchStatistics:
+    assert record.units is not None
+    tokens = vocabulary.encode_units(record.units)
     rng = stable_rng("statistics", record.id)
-    document = record_document(
-        record, vocabulary, tokenizer, rng, "speech", alignment=patching.alignment
-    )
     strategy = strategy_at(patching, 0, 1, rng)
-    tokens = document.tokens
-    lengths, _ = patch_lengths(tokens, vocabulary, strategy, aligned=document.aligned)
+    spans = np.zeros((0, 2), np.int32)
+    if isinstance(strategy, Aligned):
+        spans = aligned_spans(record, tokenizer, patching.alignment)
+        spans = with_noise(spans, len(tokens), patching.boundary_noise_ms, rng)
+    lengths, _ = patch_lengths(tokens, vocabulary, strategy, aligned=spans)
     firsts = np.cumsum(lengths) - lengths
     units = np.add.reduceat(vocabulary.num_frames(tokens), firsts)
-    is_speech = vocabulary.is_unit(tokens[firsts])
     counts = PatchStatistics(
         patching=patching,
         num_records=1,
-        num_patches=int(is_speech.sum()),
-        num_units=int(units.sum()),
+        num_patches=len(lengths),
+        num_units=len(record.units),
     )
     if not isinstance(strategy, Aligned):
         return counts
-    if not len(document.aligned):
+    if not len(spans):
         return replace(counts, num_unaligned=1)
     edges = np.zeros(len(tokens) + 1, np.int32)
-    edges[document.aligned[:, 0]] += 1
-    edges[document.aligned[:, 1]] -= 1
+    edges[spans[:, 0]] += 1
+    edges[spans[:, 1]] -= 1
     is_spoken = np.maximum.reduceat(np.cumsum(edges)[:-1], firsts) > 0
-    is_silence = is_speech & ~is_spoken
     return replace(
         counts,
         text_patches=int(is_spoken.sum()),
         text_units=int(units[is_spoken].sum()),
-        silence_patches=int(is_silence.sum()),
-        silence_units=int(units[is_silence].sum()),
+        silence_patches=int((~is_spoken).sum()),
+        silence_units=int(units[~is_spoken].sum()),
         num_estimated=int(patching.aligned_by == "pieces" and pieces_are_estimated(record)),
     )
 

@@ -2,17 +2,16 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from lst.errors import UserError, run_command
+from lst.errors import run_command
 from lst.prepare.corpus import CorpusConfig, describe_corpus, is_made, prepare_corpus
 from lst.prepare.demo import DemoConfig, describe, prepare_demo
 from lst.prepare.executors import ExecutorConfig, make_executor
 from lst.prepare.speech_bpe import SpeechBPEConfig, describe_speech_bpe, prepare_speech_bpe
-from lst.prepare.stats import describe_dataset
+from lst.prepare.stats import StatsConfig, describe_dataset
 from lst.prepare.tokenizer import TokenizerConfig, describe_tokenizer, prepare_tokenizer
 
 app = tyro.extras.SubcommandApp()
@@ -52,16 +51,9 @@ def corpus(
 
 
 @app.command
-def stats(dataset: tyro.conf.Positional[Path], sample: int = 20_000) -> None:
-    """Print what a dataset holds, and how long its words and silences are beside the paper's.
-
-    Args:
-        dataset: A folder with a dataset.json.
-        sample: Records to look at, spread over the dataset.
-    """
-    if sample < 1:
-        raise UserError(f"--sample: expected 1 or more, got {sample}")
-    print(describe_dataset(dataset, sample))
+def stats(config: Annotated[StatsConfig, Options]) -> None:
+    """Print what a dataset holds, and how long its patches are, by strategy, beside the paper's."""
+    print(describe_dataset(config))
 
 
 @app.command

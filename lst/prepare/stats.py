@@ -4,18 +4,24 @@
     silence   frames of no word, between two words or at an end
     merged    a word with the silence around it: all frames by all words that have any
 
-The paper measures 5.8, 3.7 and 9.4.
+The table of lst.data.statistics tells the same of patches, beside the paper's figures.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from lst.data.records import Dataset, Record
+from lst.data.statistics import format_table, patch_statistics, usual_strategies
+from lst.errors import UserError
+from lst.files import Location
+from lst.speech_bpe import SPEECH_BPE_INFO, read_speech_bpe
+from lst.vocabulary import Tokenizer
 
-__all__ = ["WordLengths", "describe_dataset", "word_lengths"]
-
-PAPER = {"word": 5.8, "silence": 3.7, "merged": 9.4}
+__all__ = ["StatsConfig", "WordLengths", "describe_dataset", "word_lengths"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,28 +72,73 @@ def word_lengths(records: Iterable[Record]) -> WordLengths:
     )
 
 
-def describe_dataset(folder: Path, sample: int) -> str:
-    """What is in a dataset, and the word lengths of up to ``sample`` records spread over it.
+@dataclass(frozen=True, kw_only=True)
+class StatsConfig:
+    """What a dataset holds, how long its words and silences are, and how it would be patched."""
+
+    dataset: Annotated[Path, tyro.conf.Positional]  # a folder with a dataset.json
+    sample: int = 20_000  # records to look at, spread over the dataset
+    sizes: tuple[int, ...] = (4, 6, 9)  # of static patches, in units
+    max_patch_length: int | None = None  # units of an aligned patch; None: as long as it is
+    boundary_noise_ms: float = 0.0  # by up to so much aligned boundaries are moved
+    tokenizer: Path | None = None  # a file or its folder; None: that of the dataset's corpus
+
+    def __post_init__(self) -> None:
+        if self.sample < 1:
+            raise UserError(f"--sample: expected 1 or more, got {self.sample}")
+        if not self.sizes:
+            raise UserError("--sizes: expected at least one, got none")
+
+
+def describe_dataset(config: StatsConfig) -> str:
+    """What is in a dataset, and a table of patch lengths of records spread over it.
 
     Raises:
-        UserError: no dataset, or a damaged one.
+        UserError: no dataset, or a damaged one; no tokenizer where one is named.
     """
-    dataset = Dataset.open(folder)
+    dataset = Dataset.open(config.dataset)
     info = dataset.info
-    rows = range(0, len(dataset), -(-len(dataset) // sample))
-    lengths = word_lengths(dataset[row] for row in rows)
+    rows = range(0, len(dataset), -(-len(dataset) // config.sample))
     lines = [
-        f"{folder}: {info.num_records:,} records, {info.hours:,.2f} hours, "
+        f"{config.dataset}: {info.num_records:,} records, {info.hours:,.2f} hours, "
         f"{info.num_frames:,} units of {info.num_units}, {info.num_characters:,} characters"
     ]
-    if not lengths.num_words:
-        return lines[0] + "\nno aligned words"
+    if not dataset.has_speech:
+        return lines[0]
+    lengths = word_lengths(dataset[row] for row in rows)
     lines += [
         f"{lengths.num_records:,} of {len(rows):,} records looked at have aligned words: "
         f"{lengths.num_words:,} words, {lengths.num_empty_words:,} without a frame of their own, "
         f"{lengths.num_silences:,} silences",
-        f"{'frames of 40 ms':18}{'here':>8}{'paper':>8}",
+        "",
+        _patch_table(config, dataset, rows),
     ]
-    for name, mean in lengths.means.items():
-        lines.append(f"{name:18}{mean:8.2f}{PAPER[name]:8.1f}")
+    return "\n".join(lines)
+
+
+def _patch_table(config: StatsConfig, dataset: Dataset, rows: range) -> str:
+    corpus = Location(config.dataset.resolve().parents[1])  # corpus/train/NAME
+    tokenizer = speech_bpe = None
+    if config.tokenizer is not None:
+        tokenizer = Tokenizer.load(config.tokenizer)
+    elif any((corpus / name).exists() for name in ("tokenizer.model", "tokenizer.json")):
+        tokenizer = Tokenizer.load(corpus)
+    if (corpus / SPEECH_BPE_INFO).exists():
+        speech_bpe = read_speech_bpe(corpus, dataset.info.codebook)
+    strategies = usual_strategies(
+        sizes=config.sizes,
+        max_patch_length=config.max_patch_length,
+        boundary_noise_ms=config.boundary_noise_ms,
+        pieces=tokenizer is not None,
+        speech_bpe=speech_bpe is not None,
+    )
+    records = (dataset[row] for row in rows)
+    counts = patch_statistics(
+        records, dataset.info.num_units, tokenizer, strategies, speech_bpe=speech_bpe
+    )
+    if not counts[0].num_records:
+        return "none of the records looked at has speech"
+    lines = [format_table(counts)]
+    if tokenizer is None:
+        lines.append(f"No pieces were aligned: {corpus} holds no tokenizer; --tokenizer names one.")
     return "\n".join(lines)

@@ -1,0 +1,100 @@
+"""``python -m lst.prepare stats`` tells what a dataset holds and how it would be patched."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from lst.data.records import Record, RecordWriter, Word
+from lst.errors import UserError
+from lst.prepare.speech_bpe import SpeechBPEConfig, prepare_speech_bpe
+from lst.prepare.stats import StatsConfig, describe_dataset
+from lst.vocabulary import train_tokenizer
+
+
+def spoken(name):
+    """Words of 6, 0 and 4 frames with silences of 3 and 5: 18 frames."""
+    words = (Word("hello", 3, 9), Word("a", 14, 14), Word("world", 14, 18))
+    units = (np.arange(18) % 6).astype(np.int16)
+    return Record(name, "hello a world", units, words, None, None, "test")
+
+
+def bare(name):
+    return Record(name, None, np.zeros(8, np.int16), None, None, None, "test")
+
+
+def written(name):
+    return Record(name, "hello", None, None, None, None, "test")
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(*records):
+        folder = tmp_path / "corpus" / "train" / "speech"
+        with RecordWriter(folder, codebook=None, tokenizer=None, num_units=6) as writer:
+            for record in records:
+                writer.write(record)
+        return folder
+
+    return write
+
+
+def row_of(text, name):
+    (row,) = [line for line in text.splitlines() if line.startswith(f"| {name} |")]
+    return [cell.strip() for cell in row.split("|")[2:-1]]
+
+
+def test_a_dataset_is_told_with_its_patches(write):
+    folder = write(*(spoken(f"r{i}") for i in range(10)), bare("b"), written("t"))
+    train_tokenizer(["hello a world"] * 5, folder.parents[1] / "tokenizer.model", num_pieces=270)
+    prepare_speech_bpe(SpeechBPEConfig(corpus=folder.parents[1], pieces=9))
+    text = describe_dataset(StatsConfig(dataset=folder, sizes=(2, 6), max_patch_length=4))
+    assert text.startswith(f"{folder}: 12 records, 0.00 hours, 188 units of 6, 135 characters\n")
+    assert "10 of 12 records looked at have aligned words: 20 words, 10 without a frame" in text
+    # Ten times 3, 4 2, 4 1, 4; the unaligned record gives four patches of two frames more.
+    assert row_of(text, "aligned by words, silence separate, at most 4") == [
+        "3.33", "2.67", "2.94", f"{90_000 * 64 / 188:,.0f}", "5.8 and 3.7"
+    ]  # fmt: skip
+    assert row_of(text, "static, 6")[2] == f"{188 / 32:.2f}"
+    assert row_of(text, "speech BPE")[2] > "1.00"
+    assert row_of(text, "aligned by pieces, silence separate, at most 4")[4] == "5.0 and 3.7"
+    assert "over 11 records with speech" in text
+    assert "1 of them have no aligned words: their patches are static." in text
+    assert "Pieces of 10 of them are estimated" in text
+
+
+def test_a_sample_is_spread_over_the_dataset(write):
+    folder = write(*(spoken(f"r{i}") for i in range(10)))
+    text = describe_dataset(StatsConfig(dataset=folder, sample=3))
+    assert "3 of 3 records looked at have aligned words" in text
+
+
+def test_without_a_tokenizer_no_pieces_are_aligned(write, tmp_path):
+    folder = write(spoken("r"))
+    text = describe_dataset(StatsConfig(dataset=folder))
+    assert "aligned by pieces" not in text
+    assert f"No pieces were aligned: {folder.parents[1]} holds no tokenizer" in text
+    train_tokenizer(["hello a world"] * 5, tmp_path / "other.model", num_pieces=270)
+    named = describe_dataset(StatsConfig(dataset=folder, tokenizer=tmp_path / "other.model"))
+    assert "aligned by pieces" in named
+
+
+def test_a_dataset_of_text_has_no_patches_to_tell_of(write):
+    text = describe_dataset(StatsConfig(dataset=write(written("t"))))
+    assert text.count("\n") == 0
+    mixed = write(written("t"), spoken("r"))
+    assert "none of the records looked at has speech" in describe_dataset(
+        StatsConfig(dataset=mixed, sample=1)
+    )
+
+
+def test_mistakes_are_named_in_one_line(tmp_path):
+    with pytest.raises(UserError, match="--sample: expected 1 or more, got 0"):
+        StatsConfig(dataset=tmp_path, sample=0)
+    with pytest.raises(UserError, match="--sizes: expected at least one, got none"):
+        StatsConfig(dataset=tmp_path, sizes=())
+    command = [sys.executable, "-m", "lst.prepare", "stats", str(tmp_path / "nowhere")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith(f"error: {tmp_path}/nowhere: expected a dataset folder")
