@@ -60,6 +60,7 @@ def parse(arguments: list[str]) -> Command:
         prog="python -m lst.train [PRESET]",
         description=_description(),
         console_outputs=launched_rank() == 0,
+        registry=OPTIONS,
     )
     if started is not None and command.config.out != started.out:
         raise UserError(
@@ -69,6 +70,34 @@ def parse(arguments: list[str]) -> Command:
     if config.warm_start is not None and (started is None or preset is not None):
         config = replace(config, model=from_llama(config.model, config.warm_start))
     return replace(command, config=config, resume=None if resumed is None else str(resumed))
+
+
+OPTIONS = tyro.constructors.ConstructorRegistry()
+
+
+@OPTIONS.primitive_rule
+def _shares(
+    info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec[dict[str, float]] | None:
+    """``--data.mixture text 2 speech 1``: names that the preset does not know, too."""
+    if info.type != dict[str, float]:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="NAME SHARE ...",
+        instance_from_str=_read_shares,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda shares: [
+            word for name, share in shares.items() for word in (name, f"{share:g}")
+        ],
+    )
+
+
+def _read_shares(words: list[str]) -> dict[str, float]:
+    shares = {name: float(share) for name, share in zip(words[::2], words[1::2], strict=True)}
+    if len(words) > 2 * len(shares):
+        raise ValueError(f"expected each name once, got {' '.join(words)}")
+    return shares
 
 
 def _resumed_folder(options: list[str], out: Path) -> Path | None:

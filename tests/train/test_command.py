@@ -48,6 +48,21 @@ def test_options_change_a_preset() -> None:
     assert config.model == PRESETS["demo-baseline"].model
 
 
+def test_a_mixture_is_given_whole() -> None:
+    """The paper's ratios of speech to text (A.3), and SpiritLM's third of each kind."""
+    assert parse([]).config.data.mixture == {"text": 2.0, "speech": 1.0}
+    for text in (1, 3):
+        config = parse(f"--data.mixture text {text} speech 1 --steps 3".split()).config
+        assert config.data.mixture == {"text": float(text), "speech": 1.0}
+    spirit = "text 1 speech:interleaved 1 speech:speech 1"
+    config = parse(["demo", "--data.mixture", *spirit.split()]).config
+    assert config.data.mixture == {"text": 1.0, "speech:interleaved": 1.0, "speech:speech": 1.0}
+    for wrong in ("text", "text much", "text 1 text 2"):
+        with pytest.raises(SystemExit) as leaving:
+            parse(["--data.mixture", *wrong.split()])
+        assert leaving.value.code == 2
+
+
 def test_help_lists_every_preset_and_every_option_with_its_default(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
