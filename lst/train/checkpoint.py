@@ -114,6 +114,7 @@ def save_checkpoint(
         lanes = {lane: value for part in world.gather(state.lanes) for lane, value in part.items()}
         with world.together():
             if world.is_main:
+                _expect_whole(temporary / MODEL, weights)
                 _expect_whole(temporary / OPTIMIZER, moments)
                 _join_shards(temporary / MODEL, weights)
                 write_json(temporary / CONFIG, to_json(config))
@@ -353,7 +354,10 @@ def _expect_whole(folder: Path, tensors: dict[str, Tensor]) -> None:
 
     The storage takes what files it finds, and would leave the values of a missing one as they are.
     """
-    saved = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    try:
+        saved = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{folder}: cannot be read ({error})") from None
     for name, tensor in tensors.items():
         got = sum(chunk.sizes.numel() for chunk in getattr(saved.get(name), "chunks", ()))
         if got != tensor.numel():

@@ -6,11 +6,13 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import lst.train.checkpoint as checkpoint
 from lst.errors import UserError
 from lst.model import LanguageModel, build_model
 from lst.train.checkpoint import (
@@ -271,6 +273,27 @@ def test_weights_of_another_shape_are_refused(tiny: Tiny) -> None:
     folder = save(config, 1)
     with pytest.raises(UserError, match="does not fit the model"):
         load_tensors(folder, build_model(config.model, Vocabulary(num_pieces=1, num_units=1)))
+
+
+@pytest.mark.parametrize("part", ["model", "optimizer"])
+def test_what_went_bad_while_it_was_written_is_no_checkpoint(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """A disk that loses the end of a file and does not say so."""
+    config = tiny()
+    first = save(config, 1)
+    real = checkpoint._save_tensors
+
+    def lossy(folder: Path, *args: Any) -> None:
+        real(folder, *args)
+        for file in folder.iterdir():
+            if folder.name == part:
+                harm(file, "truncated")
+
+    monkeypatch.setattr(checkpoint, "_save_tensors", lossy)
+    with pytest.raises(UserError, match=rf"{part}: cannot be read \(Error while deserializing"):
+        save(config, 2)
+    assert list(first.parent.iterdir()) == [first]
 
 
 def test_a_state_of_another_format_is_refused(tiny: Tiny) -> None:
