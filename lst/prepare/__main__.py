@@ -13,6 +13,7 @@ from lst.prepare.executors import ExecutorConfig, make_executor
 from lst.prepare.speech_bpe import SpeechBPEConfig, describe_speech_bpe, prepare_speech_bpe
 from lst.prepare.stats import StatsConfig, describe_dataset
 from lst.prepare.tokenizer import TokenizerConfig, describe_tokenizer, prepare_tokenizer
+from lst.prepare.units import CodebookConfig, fit_codebook
 
 app = tyro.extras.SubcommandApp()
 Options = tyro.conf.arg(name="")
@@ -48,6 +49,12 @@ def corpus(
             make_executor(config, by).run()
     if is_made(config):
         print(describe_corpus(config.out))
+
+
+@app.command
+def units(config: Annotated[CodebookConfig, Options]) -> None:
+    """Fit a codebook of speech units to a sample of any source of audio."""
+    print(fit_codebook(config))
 
 
 @app.command

@@ -3,8 +3,8 @@
     audio → 16 kHz → units                     25 a second
     words of the manifest, or of the aligner → frames, each end to the nearest, disjoint
 
-Longer audio is read and encoded in stretches of ten minutes, each with two seconds of context to
-either side, so that hours of it are never in memory. It is not given to the aligner.
+Longer audio is read and encoded in stretches of ten minutes, each with ten seconds of context to
+either side, so that hours of it are never in memory. The aligner takes up to an hour at once.
 """
 
 from collections.abc import Sequence
@@ -25,10 +25,11 @@ from lst.speech.units import FRAME_SAMPLES, UnitEncoder
 if TYPE_CHECKING:
     from lst.speech.alignment import CTCAligner
 
-__all__ = ["Studio", "frame_spans", "open_audio", "written_words"]
+__all__ = ["Studio", "encode_audio", "frame_spans", "open_audio", "written_words"]
 
 STRETCH = 600 * SAMPLE_RATE  # a whole number of frames, as is the context
-CONTEXT = 2 * SAMPLE_RATE
+CONTEXT = 10 * SAMPLE_RATE
+ALIGNED = 3600 * SAMPLE_RATE
 OUTSIDE = 0.1  # seconds by which a word may leave its utterance; more is another utterance's time
 
 
@@ -49,14 +50,10 @@ class Studio:
                 raise AudioError("no transcript; --untranscribed keeps such audio")
             audio = open_audio(utterance)
             start, stop = sample_range(audio, utterance.start, utterance.duration)
-            waveform = audio.read(start, stop) if stop - start <= STRETCH else None
-            if waveform is None:
-                units = _encode_stretches(self.encoder, audio, start, stop)
-            else:
-                units = self.encoder.encode(waveform)
+            units = encode_audio(self.encoder, audio, start, stop)
             words, chars = _given_alignment(utterance, text, len(units))
-            if words is None and text is not None and waveform is not None:
-                words, chars = self._align(waveform, text, len(units))
+            if words is None and text is not None and stop - start <= ALIGNED:
+                words, chars = self._align(audio, start, stop, text, len(units))
         except (AudioError, UserError) as error:
             return Skipped(utterance.where, str(error))
         return Record(
@@ -70,11 +67,11 @@ class Studio:
         )
 
     def _align(
-        self, waveform: np.ndarray, text: str, num_frames: int
+        self, audio: AudioReader, start: int, stop: int, text: str, num_frames: int
     ) -> tuple[tuple[Word, ...] | None, tuple[Span, ...] | None]:
-        if self.aligner is None or self.aligner.reason_against(len(waveform), text) is not None:
+        if self.aligner is None or self.aligner.reason_against(stop - start, text) is not None:
             return None, None
-        (alignment,) = self.aligner.align([waveform], [text])
+        (alignment,) = self.aligner.align([audio.read(start, stop)], [text])
         return alignment.frames(num_frames)
 
 
@@ -87,9 +84,7 @@ def open_audio(utterance: Utterance) -> AudioReader:
     return AudioReader.of_recording(Recording.from_dict(dict(utterance.audio)), utterance.channels)
 
 
-def _encode_stretches(
-    encoder: UnitEncoder, audio: AudioReader, start: int, stop: int
-) -> np.ndarray:
+def encode_audio(encoder: UnitEncoder, audio: AudioReader, start: int, stop: int) -> np.ndarray:
     """Samples [start, stop) at 16 kHz → (⌈(stop − start) / 640⌉,) int16 units."""
     parts = []
     for begin in range(start, stop, STRETCH):

@@ -77,7 +77,7 @@ class StatsConfig:
     """What a dataset holds, how long its words and silences are, and how it would be patched."""
 
     dataset: Annotated[Path, tyro.conf.Positional]  # a folder with a dataset.json
-    sample: int = 20_000  # records to look at, spread over the dataset
+    sample: int = 2_000  # records to look at, spread over the dataset
     sizes: tuple[int, ...] = (4, 6, 9)  # of static patches, in units
     max_patch_length: int | None = None  # units of an aligned patch; None: as long as it is
     boundary_noise_ms: float = 0.0  # by up to so much aligned boundaries are moved
