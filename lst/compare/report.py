@@ -260,6 +260,8 @@ def write_report(study: Study, runs: Runs, missing: Sequence[str], out: Path, ab
         budget: {name: [asdict(each) for each in results] for name, results in arms.items()}
         for budget, arms in runs.items()
     }
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
     values = {"study": study.name, "machine": about, "missing": list(missing), "runs": held}
     write_atomically(out / "results.json", json.dumps(values, indent=1, ensure_ascii=False) + "\n")
     for budget, arms in runs.items():

@@ -210,7 +210,7 @@ def test_tables_show_what_was_read_spent_and_saved():
     assert static.startswith(
         "| LST (Static) | 2 | 10 | 1,000 | 1,400 | 600 | 5.00 | 37.5% | 1.2 | 70.0 ± 7.1 | – |"
     )
-    assert "| LST (Static) | +45.0 ± 15.7, **better** | – |" in format_differences(runs)
+    assert "| LST (Static) | +45.0 ± 15.8, **better** | – |" in format_differences(runs)
 
 
 # --- for real -------------------------------------------------------------------------------------
