@@ -71,7 +71,8 @@ class DemoConfig:
     text_tokens: int = 2_000_000  # pieces of training text
     questions: int = 240  # held-out stories that are asked about, each in three tasks
     validation: int = 64  # held-out stories for the validation losses
-    pieces: int = 2000  # of the tokenizer
+    pieces: int = 2000  # of the tokenizer that is trained
+    tokenizer: Path | None = None  # one that there is, instead: a file, or a checkpoint's folder
     codes: int = 501  # of the speech codebook
     seed: int = 0
     workers: int = 2  # processes that make speech
@@ -91,6 +92,8 @@ class DemoConfig:
         """What the content of the corpus depends on."""
         settings = asdict(self)
         del settings["out"], settings["workers"]
+        if self.tokenizer is not None:
+            settings["tokenizer"] = Tokenizer.load(self.tokenizer).fingerprint
         return settings
 
 
@@ -193,6 +196,12 @@ def _spoken_stories(config: DemoConfig) -> Iterator["Utterance"]:
 
 
 def _make_tokenizer(config: DemoConfig) -> Tokenizer:
+    if config.tokenizer is not None:
+        tokenizer = Tokenizer.load(config.tokenizer)
+        temporary = config.out / "work" / tokenizer.file_name
+        tokenizer.save(temporary)
+        os.replace(temporary, config.out / tokenizer.file_name)
+        return tokenizer
     path = config.out / "tokenizer.model"
     if not path.is_file():
         # A story is some 70 pieces; a small corpus needs no better tokenizer than its text.

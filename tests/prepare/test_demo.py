@@ -55,6 +55,20 @@ def made(config: DemoConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepare_demo(replace(config, out=tmp_path_factory.mktemp("made") / "demo"))
 
 
+def test_a_tokenizer_that_there_is_makes_the_same_corpus(
+    config: DemoConfig, made: Path, tmp_path: Path
+) -> None:
+    given = replace(config, out=tmp_path / "demo", tokenizer=made)
+    same, expected = content_of(prepare_demo(given)), content_of(made)
+    facts = json.loads(same.pop("corpus.json"))
+    assert facts["settings"].pop("tokenizer") == Tokenizer.load(made).fingerprint
+    unnamed = json.loads(expected.pop("corpus.json"))
+    assert unnamed["settings"].pop("tokenizer") is None
+    assert (facts, same) == (unnamed, expected)
+    with pytest.raises(UserError, match=r"holds a corpus of tokenizer sha256:.*, not None"):
+        prepare_demo(replace(given, tokenizer=None))
+
+
 class Stopped(BaseException):
     """As KeyboardInterrupt: nothing but the command is meant to catch it."""
 
