@@ -108,12 +108,17 @@ class Layer(nn.Module):
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
+@torch.no_grad()
 def truncated_normal(
     weight: Tensor, deviation: float, generator: torch.Generator | None = None
 ) -> None:
-    """Fill ``weight``, in place, from a normal that is cut off at three deviations."""
-    bound = 3 * deviation
-    nn.init.trunc_normal_(weight, std=deviation, a=-bound, b=bound, generator=generator)
+    """Fill ``weight``, in place, from a normal that is cut off at three deviations.
+
+    By inverting the normal's distribution function: as quick as a plain uniform, where
+    ``nn.init.trunc_normal_`` of torch 2.13 draws again and again, and alike in every release.
+    """
+    limit = math.erf(3 / math.sqrt(2))
+    weight.uniform_(-limit, limit, generator=generator).erfinv_().mul_(math.sqrt(2) * deviation)
 
 
 def initialise(module: nn.Module, residual_branches: int, draw: Draw = truncated_normal) -> None:
