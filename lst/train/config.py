@@ -80,6 +80,7 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     evaluate: bool = True  # story completion at the end
     max_skipped: int = 5  # updates in a row that may not be finite; the last of them ends the run
+    hang_timeout: float = 45.0  # seconds without progress that end the run; 0: none do
     peak_tflops: float | None = None  # of one device, that MFU is of; None: what its name tells
     warm_start: Path | None = None  # a Llama checkpoint that gives the global transformer, which
     # ``model`` then describes (lst.model.llama); read at the start of a run alone
@@ -100,6 +101,7 @@ class TrainConfig:
             _expect(value >= 1, name.replace("_", "-"), "1 or more", value)
         if self.keep_every is not None:
             _expect(self.keep_every >= 1, "keep-every", "1 or more", self.keep_every)
+        _expect(self.hang_timeout >= 0, "hang-timeout", "0 or more", self.hang_timeout)
         if self.peak_tflops is not None:
             _expect(self.peak_tflops > 0, "peak-tflops", "more than 0", self.peak_tflops)
         _expect(0 <= self.seed < 2**63, "seed", "0 or more, below 2^63", self.seed)
@@ -123,6 +125,7 @@ FREE_ON_RESUME = frozenset(
         "parallel.replicas",
         "evaluate",
         "max_skipped",
+        "hang_timeout",
         "peak_tflops",
         "wandb",
     }

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from lst.data.loader import TrainLoader
+from lst.errors import UserError
 from lst.model import LanguageModel, build_model, count_parameters
 from lst.train.anomalies import Spikes, global_records, is_finite
 from lst.train.checkpoint import State, load_tensors, newest_checkpoint, read_state
@@ -38,11 +39,12 @@ from lst.train.mfu import describe, find_peak
 from lst.train.optimizer import build_optimizer, learning_rate, set_learning_rate
 from lst.train.parallel import clip_gradients, gathered, initialise_weights, parallelise
 from lst.train.run_folder import CONFIG, create_run
-from lst.train.status import Status
+from lst.train.status import LOST_WORKER, Status, describe_error
 from lst.train.step import backward, global_counts, read_step, rehearse
 from lst.train.stories import complete_stories
 from lst.train.validation import validate
 from lst.train.warm_start import start_from_llama
+from lst.train.watchdog import Watchdog
 
 MAX_RECORDS = 16  # named in a message; events.jsonl names all
 
@@ -60,6 +62,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     log: MetricsLog
     status: Status
+    watch: Watchdog
     state: State
     checkpoints: Checkpointer
 
@@ -73,35 +76,60 @@ def train(config: TrainConfig, *, resume: bool = False) -> None:
     Raises:
         UserError: whatever the user can mend; every rank raises it.
     """
-    with catch_signals() as interrupt, Status(config, interrupt) as status:
-        if resume:
-            status.begin()
-        with start_world(config.device) as world:
-            try:
-                work(config, world, status, interrupt, resume=resume)
-            except Stopped as stopped:
-                status.stopped()
-                if world.is_main:
-                    go_on = f"python -m lst.train --resume {config.out}"
-                    print(f"{stopped}; go on by: {go_on}", flush=True)
+    with (
+        catch_signals() as interrupt,
+        Status(config, interrupt, resume=resume) as status,
+        Watchdog(config.hang_timeout, status, interrupt) as watch,
+        start_world(config.device) as world,
+    ):
+        watch.join(world)
+        try:
+            work(config, world, status, watch, interrupt, resume=resume)
+        except Stopped as stopped:
+            status.stopped()
+            if world.is_main:
+                go_on = f"python -m lst.train --resume {config.out}"
+                print(f"{stopped}; go on by: {go_on}", flush=True)
+        except (SharedError, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            reason = describe_error(error)
+            watch.failed(reason)
+            if reason.startswith(LOST_WORKER):
+                raise UserError(reason) from error
+            raise
 
 
 def work(
-    config: TrainConfig, world: World, status: Status, interrupt: Interrupt, *, resume: bool
+    config: TrainConfig,
+    world: World,
+    status: Status,
+    watch: Watchdog,
+    interrupt: Interrupt,
+    *,
+    resume: bool,
 ) -> None:
     """What one rank does. Raises Stopped on every rank where one was asked to stop."""
     with ExitStack() as stack:
-        run = prepare(config, world, status, interrupt, resume=resume)
+        run = prepare(config, world, status, watch, interrupt, resume=resume)
         stack.callback(run.log.close)
         stack.callback(run.checkpoints.close)
+        stack.callback(watch.now, "the last checkpoint and log", slow=True)
         take_steps(run, interrupt)
         if config.evaluate:
+            watch.now("completing stories")
             with gathered(run.model):
                 complete_stories(config, run.corpus, run.model, run.log, interrupt, world)
 
 
 def prepare(
-    config: TrainConfig, world: World, status: Status, interrupt: Interrupt, *, resume: bool
+    config: TrainConfig,
+    world: World,
+    status: Status,
+    watch: Watchdog,
+    interrupt: Interrupt,
+    *,
+    resume: bool,
 ) -> Run:
     """Open the data, build the model, and fill it from the newest checkpoint when resuming."""
     checkpoint = find_resumed(config, world) if resume else None
@@ -141,7 +169,6 @@ def prepare(
                 start_from_llama(model, config, corpus)
             if world.is_main and not resume:
                 create_run(config)
-                status.begin()
         peak = find_peak(world.device, config.peak_tflops)
         log = MetricsLog(
             config,
@@ -152,6 +179,8 @@ def prepare(
             num_devices=world.size,
             active=world.is_main,
         )
+    if not resume:
+        status.begin()
     parts = ", ".join(f"{name} {number:,}" for name, number in count_parameters(model).items())
     log.say(f"{config.name}: {world.size} × {world.device.type}, {config.out}; parameters: {parts}")
     log.say(describe(peak, world.device, world.size))
@@ -165,6 +194,7 @@ def prepare(
         optimizer=optimizer,
         log=log,
         status=status,
+        watch=watch,
         state=state,
         checkpoints=Checkpointer(
             config, corpus.tokenizer, world, log, resumed=(checkpoint, state.step)
@@ -193,6 +223,7 @@ def take_steps(run: Run, interrupt: Interrupt) -> None:
     while True:
         step = run.state.step
         if not stop and validation_is_due(config, run.state):
+            run.watch.now("validation")
             with gathered(model):
                 losses = validate(config, run.corpus, model, interrupt, world)
             stop = losses is None
@@ -200,6 +231,7 @@ def take_steps(run: Run, interrupt: Interrupt) -> None:
                 log.validation(step, losses, run.state.seen)
                 run.state = replace(run.state, validated=step)
         last = stop or step == config.steps
+        run.watch.now("a checkpoint", slow=True)
         run.checkpoints.poll(step)
         if run.checkpoints.due(step, last=last):
             log.sync()
@@ -214,11 +246,13 @@ def take_steps(run: Run, interrupt: Interrupt) -> None:
                 interrupt.stop(step, world)
             return
 
+        run.watch.now("waiting for data")
         started = time.perf_counter()
         step += 1
         with world.together():
             micro_batches, lanes = next(batches)
         waited = time.perf_counter() - started
+        run.watch.now(f"step {step}")
         if step == first_step + 1:
             interrupt.poll(first_step, world)
             rehearse(run.parallel, micro_batches, precision=config.precision, world=world)
@@ -256,6 +290,7 @@ def take_steps(run: Run, interrupt: Interrupt) -> None:
             grad_norm=grad_norm,
             skipped=run.state.skipped,
         )
+        run.watch.stepped()
         tell_anomalies(run, spikes, loss, grad_norm, partial(global_records, micro_batches, sums))
 
 

@@ -50,9 +50,13 @@ def writing(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file that is either the old one or the whole new one, whenever the power fails."""
-    temporary = path.with_name(f".{path.name}.tmp")
+def write_atomically(path: Path, text: str, *, writer: int = 0) -> None:
+    """Write a file that is either the old one or the whole new one, whenever the power fails.
+
+    Args:
+        writer: tells processes apart that may write the same file at the same time.
+    """
+    temporary = path.with_name(f".{path.name}{writer or ''}.tmp")
     with writing(path):
         with temporary.open("w") as file:
             file.write(text)

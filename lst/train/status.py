@@ -19,8 +19,11 @@ The file is replaced as a whole. A run that is killed outright leaves "running" 
 time of its last word: of the last step, or ten seconds before where steps are shorter.
 """
 
+import json
 import os
+import re
 import socket
+import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,19 +34,25 @@ from lst.errors import UserError
 from lst.train.config import TrainConfig
 from lst.train.distributed import launched_rank
 from lst.train.interrupt import Interrupt
-from lst.train.run_folder import STATUS, write_json
+from lst.train.run_folder import STATUS, write_atomically
 
 EVERY = 10.0  # seconds between two words of a run that is running
+LOCK_SECONDS = 5.0
+LOST_WORKER = "data worker"  # how the reason begins where one died
 
 
 class Status:
-    """Writes ``status.json``, on rank 0; leaving the block, how the run ended.
+    """Writes ``status.json``; leaving the block, how the run ended.
 
-    It speaks from :meth:`begin` on: a folder that turns out to hold another run is left alone.
+    It speaks from :meth:`begin` on: a folder that turns out to hold another run is left alone. Rank
+    0 writes, or of a failure whoever finds that it is no more. What ends a run is written once: the
+    first reason counts. Safe to call from the watchdog's thread.
     """
 
-    def __init__(self, config: TrainConfig, interrupt: Interrupt) -> None:
-        self._out, self._interrupt, self._active = config.out, interrupt, False
+    def __init__(self, config: TrainConfig, interrupt: Interrupt, *, resume: bool) -> None:
+        self._out, self._interrupt, self._begun = config.out, interrupt, False
+        self._resume = resume
+        self._rank, self._lock = launched_rank(), threading.Lock()
         self._written = 0.0
         self._values: dict[str, Any] = {
             "state": "running",
@@ -59,30 +68,32 @@ class Status:
         }
 
     def begin(self) -> None:
-        """From here on the folder is this run's."""
-        self._active = launched_rank() == 0
-        self._write()
+        """From here on the folder is this run's; every rank calls it."""
+        self._begun = True
+        if self._rank == 0:
+            self._write(state="running")
 
     def running(self, step: int, checkpoint: Path | None) -> None:
         """Take note of a step; written at once where there is a new checkpoint."""
         name = None if checkpoint is None else str(checkpoint.relative_to(self._out))
         due = name != self._values["checkpoint"] or time.monotonic() - self._written > EVERY
         self._values |= {"step": step, "checkpoint": name}
-        if due:
-            self._write()
+        if due and self._rank == 0:
+            self._write(state="running")
 
     def failed(self, reason: str) -> None:
         """The run ends for ``reason``."""
-        self._values |= {"state": "failed", "reason": reason}
-        self._write()
+        self._write(state="failed", reason=reason)
 
-    def stopped(self) -> None:
+    def stopped(self, reason: str | None = None) -> None:
         """The run ends as it was asked to."""
         name = self._interrupt.signal
-        self._values |= {"state": "stopped", "reason": name, "signal": name}
-        self._write()
+        if self._rank == 0:
+            self._write(state="stopped", reason=reason or name, signal=name)
 
     def __enter__(self) -> Self:
+        if self._resume:
+            self.begin()
         return self
 
     def __exit__(
@@ -91,26 +102,39 @@ class Status:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if isinstance(error, UserError):
-            self.failed(str(error))
+        if self._rank:
+            return
+        if error is None:
+            self._write(state="finished")
         elif isinstance(error, KeyboardInterrupt):
-            self._values["reason"] = "interrupted while it was stopping"
-            self._values["state"] = "stopped"
-            self._write()
-        elif error is not None:
-            self.failed(" ".join(f"{type(error).__name__}: {error}".split()))
-        elif self._values["state"] == "running":
-            self._values["state"] = "finished"
-            self._write()
+            self.stopped("interrupted while it was stopping")
+        else:
+            self.failed(describe_error(error))
 
-    def _write(self) -> None:
-        self._written = time.monotonic()
-        if not self._active:
+    def _write(self, *, state: str, **values: Any) -> None:
+        if not self._lock.acquire(timeout=LOCK_SECONDS):  # held by a thread whose disk hangs
             return
         try:
-            write_json(self._out / STATUS, self._values | {"time": _now()})
+            if not self._begun or self._values["state"] != "running":
+                return
+            self._values |= {"state": state, **values}
+            self._written = time.monotonic()
+            text = json.dumps(self._values | {"time": _now()}, indent=1) + "\n"
+            write_atomically(self._out / STATUS, text, writer=self._rank)
         except UserError as error:  # a disk that is full does not end the run
             print(error, flush=True)
+        finally:
+            self._lock.release()
+
+
+def describe_error(error: BaseException) -> str:
+    """In one line."""
+    lost = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
+    if lost is not None:  # what PyTorch raises, wherever the main thread is when one dies
+        return f"{LOST_WORKER} (pid {lost[1]}) died; has the machine run out of memory?"
+    if isinstance(error, UserError):
+        return str(error)
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _now() -> str:

@@ -1,0 +1,360 @@
+"""A thread beside each rank's training that ends the job, with a reason, when it cannot go on.
+
+::
+
+    a rank dies                     its connection closes                         at once
+    a rank is stopped or cut off    its beats stay away                           after 20 s
+    a rank raises what others       it says so before it leaves                   at once
+      do not
+    no rank makes progress          nobody's main thread has moved                after 45 s
+
+The numbers are for ``hang_timeout = 45`` and go with it. The main thread of a rank has moved where
+its stack is another than a moment ago or it has come to its next phase; so a long compilation or
+validation, whose stack changes all the time, is progress, while a wait in a collective, for data or
+for the device is not. It takes all ranks to make a hang: those that wait for one that is busy are
+excused. A single call that is slow by its nature is too: until the first step is done, and in
+phases declared slow (writing a checkpoint), a standstill may last ten minutes, and in any case
+three times the longest that the run has come out of since its first step began.
+
+Time in which the whole machine, or the job, is suspended does not count: a thread that wakes late
+counts no more than two of its ticks.
+
+Before the first step is done nothing can be lost, so there a signal (:mod:`lst.train.interrupt`) is
+obeyed even where the main thread cannot hear it, in a compiler or in a collective: the watchdog
+ends the process, with exit code 0.
+"""
+
+import faulthandler
+import multiprocessing
+import os
+import selectors
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, NoReturn, Self
+
+from lst.train.distributed import World, launched_rank
+from lst.train.interrupt import Interrupt
+from lst.train.links import Link, Message, open_links
+from lst.train.status import Status
+
+USUAL = 45.0  # seconds of hang_timeout, and those that the other times go by where it is 0
+# Parts of it:
+TICK = 1 / 45  # between two looks at the main thread, and two beats
+SILENCE = 20 / 45  # without a beat
+GRACE = 10 / 45  # for a main thread that was asked to stop before its first step
+SETTLE = 1 / 45  # after a first sign of trouble, for signs that tell more
+
+SLOW = 600.0  # seconds of standstill where slow calls are to be expected
+FACTOR = 3  # on the longest standstill so far
+DISK_SECONDS = 5.0  # for the last words
+MAX_PLACES = 4  # named in a reason
+STATES = {"T": "stopped", "t": "traced", "Z": "dead", "D": "waiting for a disk", "X": "dead"}
+
+
+@dataclass
+class Beat:
+    """How a rank's main thread stands."""
+
+    doing: str = "starting"
+    at: str = "?"
+    still: float = 0.0  # seconds since it moved
+    limit: float = SLOW  # seconds that it may stay so
+    workers: str = ""  # that make its rows, where they are not well
+
+    def describe(self) -> str:
+        return f"{self.doing}, at {self.at}{self.workers}"
+
+
+@dataclass
+class Peer:
+    """Another rank, as far as it is known here."""
+
+    link: Link | None = None
+    beat: Beat = field(default_factory=Beat)
+    silent: float = 0.0  # seconds
+    left: bool = False  # in order
+    failed: str | None = None  # what it raised
+
+
+class Watchdog:
+    """Watches this rank and, where there are others, rank 0 all of them and they rank 0.
+
+    Args:
+        timeout: seconds without progress that make a hang (see above); 0: never.
+    """
+
+    def __init__(self, timeout: float, status: Status, interrupt: Interrupt) -> None:
+        self._timeout, self._status, self._interrupt = timeout, status, interrupt
+        self._rank, self._peers = launched_rank(), dict[int, Peer]()
+        self._main = threading.get_ident()
+        self._phase: tuple[int, str, bool] = (0, "starting", True)  # number, what, slow
+        self._started = False  # has a step behind it
+        self._beat, self._trace = Beat(), tuple[int, ...]()
+        self._quiet = 0.0  # for which all ranks stand still
+        self._stepping = False  # the first step has begun
+        self._longest = 0.0  # standstill that has ended since
+        self._listener: socket.socket | None = None
+        self._token = ""
+        self._asked = self._trouble = 0.0  # seconds since a signal, since a first sign of trouble
+        self._failing = threading.Event()  # the main thread is leaving by an exception
+        self._selector = selectors.DefaultSelector()
+        self._wake, woken = socket.socketpair()
+        self._watch(woken, None)
+        if interrupt.noticed is not None:
+            self._watch(interrupt.noticed, None)
+        self._leaving = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+
+    # What the main thread calls -------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._leaving.set()
+        self._wake.send(b"\0")
+        self._thread.join()
+        self._send({"bye": True})
+        for key in list(self._selector.get_map().values()):
+            if key.fileobj is not self._interrupt.noticed:
+                self._selector.unregister(key.fileobj)
+                key.fileobj.close()  # type: ignore[union-attr]
+        self._selector.close()
+        self._wake.close()
+
+    def join(self, world: World) -> None:
+        """Meet the other ranks; every rank calls it."""
+        if world.size == 1:
+            return
+        self._listener, self._token, link = open_links(world)
+        if link is not None:
+            self._peers = {0: Peer(link=link)}
+            self._watch(link.socket, link)
+        elif self._listener is not None:
+            self._peers = {rank: Peer() for rank in range(1, world.size)}
+            self._watch(self._listener, None)
+        self._wake.send(b"\0")
+
+    def now(self, doing: str, *, slow: bool = False) -> None:
+        """The main thread comes to a phase, one in which it may stand ``slow``ly still."""
+        self._phase = (self._phase[0] + 1, doing, slow)
+
+    def stepped(self) -> None:
+        """A step is done: what can be lost from here on is waited for."""
+        self._started = True
+
+    def failed(self, reason: str) -> None:
+        """The main thread leaves by an exception that other ranks may not share.
+
+        Where that is but what another's end looks like from here, the process ends in this call.
+        """
+        if self._peers:
+            time.sleep(3 * SETTLE * (self._timeout or USUAL))
+        if self._interrupt and not self._started:
+            self._stop()
+        self._failing.set()
+        self._send({"end": f"rank 0: {reason}"} if self._rank == 0 else {"failed": reason})
+
+    # What the thread does -------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        tick = TICK * (self._timeout or USUAL)
+        last = looked = time.monotonic()
+        while not self._leaving.is_set():
+            for key, _ in self._selector.select(timeout=tick):
+                self._read(key)
+            now = time.monotonic()
+            passed, last = min(now - last, 2 * tick), now
+            if now - looked >= tick:
+                self._look(min(now - looked, 2 * tick))
+                looked = now
+            self._judge(passed)
+
+    def _watch(self, source: socket.socket, link: Link | None) -> None:
+        source.setblocking(False)
+        self._selector.register(source, selectors.EVENT_READ, link)
+
+    def _read(self, key: selectors.SelectorKey) -> None:
+        source: Any = key.fileobj
+        if self._listener is not None and source is self._listener:
+            with suppress(OSError):
+                link = Link(self._listener.accept()[0])
+                self._watch(link.socket, link)
+        elif isinstance(key.data, Link):
+            for message in key.data.receive():
+                self._hear(key.data, message)
+            if key.data.closed:
+                self._selector.unregister(source)
+        else:  # a wake-up, or the numbers of signals that have come
+            self._interrupt.notice(source.recv(4096))
+
+    def _hear(self, link: Link, message: Message) -> None:
+        if message.get("token") == self._token and message.get("rank") in self._peers:
+            self._peers[message["rank"]].link = link
+        peer = next((peer for peer in self._peers.values() if peer.link is link), None)
+        if peer is None:
+            link.closed = True
+            return
+        peer.silent = 0.0
+        if "beat" in message:
+            peer.beat = Beat(**message["beat"])
+        if "signal" in message:
+            self._interrupt.ask(message["signal"])
+        if "failed" in message:
+            peer.failed = message["failed"]
+        if "bye" in message:
+            peer.left = True
+        if "end" in message and not self._failing.is_set():
+            self._end(message["end"], stacks=message.get("stacks", False), told=True)
+
+    def _look(self, passed: float) -> None:
+        """At the main thread; then tell the others."""
+        frame = sys._current_frames().get(self._main)
+        phase, doing, slow = self._phase
+        trace = (phase, *_trace(frame))
+        moved = trace != self._trace
+        self._trace = trace
+        still = 0.0 if moved else self._beat.still + passed
+        limit = SLOW if slow or not self._started else self._timeout
+        self._beat = Beat(doing, _place(frame), still, limit)
+        if still > self._timeout / 2:
+            self._beat.workers = _workers()
+        for peer in self._peers.values():
+            peer.silent += passed
+        told = {} if self._interrupt.signal is None else {"signal": self._interrupt.signal}
+        self._send({"beat": vars(self._beat), **told})
+
+    def _judge(self, passed: float) -> None:
+        if self._failing.is_set():
+            return
+        unit = self._timeout or USUAL
+        reason, stacks = self._verdict()
+        self._trouble = 0.0 if reason is None else self._trouble + passed
+        if reason is not None and (stacks or self._trouble > SETTLE * unit):
+            self._end(reason, stacks=stacks)
+        if self._interrupt and not self._started:
+            self._asked += passed
+            if self._asked > GRACE * unit:
+                self._stop()
+
+    def _verdict(self) -> tuple[str | None, bool]:
+        """Why the job cannot go on, None where it can; whether stacks would tell more."""
+        peers = {rank: peer for rank, peer in self._peers.items() if not peer.left}
+        for rank, peer in peers.items():
+            if peer.link is not None and peer.link.closed and peer.failed is None:
+                return f"rank {rank} died (last: {peer.beat.describe()})", False
+        for rank, peer in self._peers.items():
+            if peer.failed is not None:
+                return f"rank {rank}: {peer.failed}", False
+        if self._timeout == 0:
+            return None, False
+        for rank, peer in peers.items():
+            if peer.silent > SILENCE * self._timeout:
+                where = f"last: {peer.beat.describe()}"
+                return (
+                    f"rank {rank} has not been heard of for {peer.silent:.0f} s: "
+                    f"it is stopped or cut off ({where})"
+                ), False
+        return (self._hang(), True) if self._rank == 0 else (None, False)
+
+    def _hang(self) -> str | None:
+        others = {rank: peer.beat for rank, peer in self._peers.items() if not peer.left}
+        beats = {0: self._beat} | others
+        quiet = min(beat.still for beat in beats.values())
+        self._stepping = self._stepping or self._beat.doing.startswith("step")
+        if self._stepping and quiet < self._quiet:
+            self._longest = max(self._longest, self._quiet)
+        self._quiet = quiet
+        if all(b.still > max(b.limit, FACTOR * self._longest) for b in beats.values()):
+            return f"no progress for {quiet:.0f} s: {_places(beats)}"
+        return None
+
+    # How it ends ----------------------------------------------------------------------------------
+
+    def _send(self, message: Message) -> None:
+        for peer in self._peers.values():
+            if peer.link is not None and not peer.link.closed:
+                peer.link.send(message)
+
+    def _end(self, reason: str, *, stacks: bool, told: bool = False) -> NoReturn:
+        """End this process, and as rank 0 the job; ``told``: by rank 0, which speaks for all."""
+        if not told:
+            self._send({"end": reason, "stacks": stacks})
+            # A disk that hangs does not hold up the end.
+            tell = threading.Thread(target=self._status.failed, args=(reason,), daemon=True)
+            tell.start()
+            tell.join(DISK_SECONDS)
+        if stacks:
+            print(f"rank {self._rank} was here:", file=sys.stderr, flush=True)
+            faulthandler.dump_traceback(sys.__stderr__ or 2)
+        if not told:
+            print(f"error: {reason}", file=sys.stderr, flush=True)
+        _leave(1)
+
+    def _stop(self) -> NoReturn:
+        """Obey a signal for a main thread that does not."""
+        self._send({"signal": self._interrupt.signal, "bye": True})
+        self._status.stopped()
+        if self._rank == 0:
+            print(f"{self._interrupt.signal}: stopped before its first step", flush=True)
+        _leave(0)
+
+
+def _leave(code: int) -> NoReturn:
+    for child in multiprocessing.active_children():  # a stopped one would outlive us
+        child.kill()
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def _trace(frame: FrameType | None) -> Iterable[int]:
+    """Where each function of a stack is at."""
+    while frame is not None:
+        yield id(frame.f_code)
+        yield frame.f_lasti
+        frame = frame.f_back
+
+
+def _place(frame: FrameType | None) -> str:
+    if frame is None:
+        return "?"
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} ({frame.f_code.co_name})"
+
+
+def _workers() -> str:
+    """The processes of this rank that are not well, where the system tells."""
+    found = []
+    for child in multiprocessing.active_children():
+        try:
+            state = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            continue
+        if state in STATES:
+            found.append(f"{child.name} (pid {child.pid}) is {STATES[state]}")
+    return f", whose data worker {', '.join(found)}" if found else ""
+
+
+def _places(beats: dict[int, Beat]) -> str:
+    """Where which ranks are, the smallest groups first: who is alone holds up the others."""
+    groups: dict[str, list[int]] = {}
+    for rank, beat in beats.items():
+        groups.setdefault(beat.describe(), []).append(rank)
+    told = sorted(groups.items(), key=lambda group: len(group[1]))[:MAX_PLACES]
+    return "; ".join(
+        f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks[:8]))}"
+        f"{' …' if len(ranks) > 8 else ''}: {where}"
+        for where, ranks in told
+    )
