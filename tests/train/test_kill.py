@@ -147,15 +147,15 @@ def test_a_run_goes_on_with_other_workers_bit_for_bit(tiny: Tiny, start: Start) 
 
 
 @pytest.mark.timeout(4 * SECONDS)
-@pytest.mark.parametrize(("first", "second"), [(1, 2), (2, 1)])
+@pytest.mark.parametrize(("first", "second", "strategy"), [(1, 2, "fsdp"), (2, 1, "ddp")])
 def test_a_run_goes_on_with_other_processes_on_the_same_batches(
-    tiny: Tiny, start: Start, first: int, second: int
+    tiny: Tiny, start: Start, first: int, second: int, strategy: str
 ) -> None:
     whole, killed = configured(tiny, "whole"), configured(tiny, "killed")
     start(whole, ranks=first).succeed()
     running = start(killed, ranks=first)
     kill(running, lambda: f"step {2 * EVERY}/" in running.printed(0))
-    start(killed, ranks=second).succeed()
+    start(killed, "--parallel.strategy", strategy, ranks=second).succeed()
     for a, b in zip(told(killed), told(whole), strict=True):
         for key in ("step", "split", "lr", "seen_tokens", "seen_units"):
             assert a.get(key) == b.get(key), key
