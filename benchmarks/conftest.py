@@ -75,6 +75,25 @@ def report_memory(table: list[Row]) -> Callable[[str, float], None]:
 
 
 @pytest.fixture
+def compare_memory(table: list[Row]) -> Callable[..., None]:
+    """Add a row for the peak of memory of ours and of a peer, in bytes."""
+
+    def report(case: str, ours: float, peer: str, theirs: float) -> None:
+        table.append(
+            Row(
+                case=f"{case}: peak memory",
+                peer=peer,
+                ours=f"{ours / 1e6:,.0f} MB",
+                theirs=f"{theirs / 1e6:,.0f} MB",
+                ratio=theirs / ours,
+                floor=None,
+            )
+        )
+
+    return report
+
+
+@pytest.fixture
 def outrun(benchmark, table: list[Row]) -> Callable[..., None]:
     """Time ours, and assert how many times faster it is than the sound that it works on."""
 

@@ -1,0 +1,168 @@
+"""What do the kernels save in transformers' BLT on a CPU, in time and in memory?
+
+    cross-attention   dense masks: S · P · k pairs a head, and as many mask elements, for S · k
+    self-attention    dense causal masks: S² pairs for S · 512 of the local window
+    memory            its masks, scores and their gradients grow with S²
+
+The model is the small offline configuration of the tests, widened to 256 local and 512 global
+features: one encoder layer, two global and three decoder layers, two slots, patches of 4 bytes in
+the mean, float32. Forward and backward, against both of transformers' attention implementations, on
+weights that are the same. Logits and gradients are compared first, at every length.
+
+    pytest benchmarks/test_blt_cpu.py --benchmark-only
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("transformers.models.blt")
+from transformers import BltConfig, BltForCausalLM
+
+from lst_kernels import native
+from lst_kernels.integrations import apply_lst_kernels_to_blt
+
+pytestmark = pytest.mark.skipif(
+    native.unavailable_reason() is not None, reason=str(native.unavailable_reason())
+)
+
+LENGTHS = (1024, 4096, 8192)
+FLOORS = {
+    1024: {"eager": 1.0, "sdpa": 1.0},
+    4096: {"eager": 1.0, "sdpa": 1.0},
+    8192: {"eager": 2.0, "sdpa": 1.3},
+}
+SWITCHES = ("cross_attention", "self_attention", "pooling", "patch_ids")
+
+
+def make_model(attention: str) -> BltForCausalLM:
+    rope = {"rope_type": "default", "rope_theta": 5e5}
+    large = {
+        "num_attention_heads": 4,
+        "max_position_embeddings": 16384,
+        "rope_parameters": rope,
+    }
+    local = {**large, "hidden_size": 256, "intermediate_size": 512, "vocab_size": 64}
+    config = BltConfig(
+        vocab_size=64,
+        patch_in_forward=False,
+        cross_attn_k=2,
+        rope_parameters=rope,
+        encoder_hash_byte_group_size=[2, 3],
+        encoder_hash_byte_group_vocab=64,
+        patcher_config={**local, "num_hidden_layers": 1},
+        encoder_config={**local, "num_hidden_layers": 1, "hidden_size_global": 512},
+        decoder_config={**local, "num_hidden_layers": 3, "hidden_size_global": 512},
+        global_config={
+            **large, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2,
+        },
+        attn_implementation=attention,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return BltForCausalLM(config)
+
+
+def make_bytes(length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(1, S) bytes, and patch lengths of 1 to 7 that sum to S + 1."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 8, (length,), generator=generator)
+    lengths[0] = 1
+    lengths = lengths[: int((lengths.cumsum(0) <= length).sum()) + 1]
+    lengths[-1] -= lengths.sum() - (length + 1)
+    return torch.randint(4, 64, (1, length), generator=generator), lengths[None]
+
+
+def differentiate(model: BltForCausalLM, length: int) -> list[torch.Tensor]:
+    """Logits, and the gradient of every weight."""
+    x, patches = make_bytes(length)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    out = model(x, patch_lengths=patches, labels=x, use_cache=False)
+    return [out.logits.detach(), *torch.autograd.grad(out.loss, weights)]
+
+
+def agree(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
+    return all(
+        bool((x - y).abs().max() <= 1e-4 * max(1.0, float(y.abs().max())))
+        for x, y in zip(ours, theirs, strict=True)
+    )
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_training_against_transformers(race, length: int):
+    models = {attention: make_model(attention) for attention in ("eager", "sdpa")}
+    patched = make_model("sdpa")
+    apply_lst_kernels_to_blt(patched)
+    ours = differentiate(patched, length)
+    for attention, model in models.items():
+        assert agree(ours, differentiate(model, length)), attention
+    race(
+        f"BLT, {length:,} bytes: forward + backward",
+        lambda: differentiate(patched, length),
+        {name: lambda model=model: differentiate(model, length) for name, model in models.items()},
+        floors=FLOORS[length],
+        rounds=3,
+        slow_rounds=2 if length > 4096 else None,
+    )
+
+
+def test_what_each_switch_brings(race):
+    """All but one switch against all of them: what that one saves at 8,192 bytes."""
+    length = LENGTHS[-1]
+    everything = make_model("sdpa")
+    apply_lst_kernels_to_blt(everything)
+    without = {}
+    for switch in SWITCHES:
+        without[f"without {switch}"] = make_model("sdpa")
+        apply_lst_kernels_to_blt(without[f"without {switch}"], **{switch: False})
+    race(
+        f"BLT, {length:,} bytes: every switch",
+        lambda: differentiate(everything, length),
+        {name: lambda model=model: differentiate(model, length) for name, model in without.items()},
+        floors={},
+        rounds=2,
+        slow_rounds=2,
+    )
+
+
+PEAK = """
+import json, sys
+from benchmarks.test_blt_cpu import apply_lst_kernels_to_blt, differentiate, make_model
+
+def resident(kind):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(kind))
+
+attention, *lengths = sys.argv[1:]
+model = make_model("sdpa" if attention == "ours" else attention)
+if attention == "ours":
+    apply_lst_kernels_to_blt(model)
+differentiate(model, 256)
+peaks = []
+for length in map(int, lengths):
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak starts anew
+    before = resident("VmRSS")
+    differentiate(model, length)
+    peaks.append(resident("VmHWM") - before)
+print(json.dumps(peaks))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+def test_memory_grows_with_the_length_and_not_its_square(benchmark, compare_memory):
+    """Each in a process of its own; a peak is what a training step adds to what was there."""
+
+    def peaks(attention: str) -> dict[int, float]:
+        command = [sys.executable, "-c", PEAK, attention, *map(str, LENGTHS)]
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
+        return dict(zip(LENGTHS, json.loads(run.stdout), strict=True))
+
+    ours = benchmark.pedantic(lambda: peaks("ours"), rounds=1)
+    for attention in ("eager", "sdpa"):
+        theirs = peaks(attention)
+        for length in LENGTHS:
+            compare_memory(f"BLT, {length:,} bytes", ours[length], attention, theirs[length])
+    assert ours[8192] < 1.2 * 2 * ours[4096]
