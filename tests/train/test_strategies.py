@@ -14,6 +14,7 @@ from lst.data.loader import TrainLoader
 from lst.data.patching import PatchingConfig
 from lst.data.records import Dataset, RecordWriter
 from lst.errors import UserError
+from lst.evaluate.__main__ import main as evaluate
 from lst.prepare.speech_bpe import SpeechBPEConfig, describe_speech_bpe, prepare_speech_bpe
 from lst.speech_bpe import SpeechBPE
 from lst.train.checkpoint import load_model
@@ -43,6 +44,31 @@ def test_a_run_of_each_strategy(tiny: Tiny, stories: Any, patching: PatchingConf
     train(run)
     assert all(np.isfinite(line["loss"]) for line in read_lines(run))
     assert (run.out / "story_completion.json").exists()
+
+
+def test_aligned_patches_are_scored_under_the_noise_that_is_asked_for(
+    tiny: Tiny, stories: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Version 2's robustness test; a model that is evaluated without an aligner has none."""
+    seen = []
+
+    def scored(*args: Any, patching: PatchingConfig, **options: Any) -> list[Any]:
+        seen.append(patching)
+        return []
+
+    monkeypatch.setattr("lst.evaluate.__main__.story_completion", scored)
+    for strategy in ("aligned", "curriculum"):
+        run = tiny(strategy, steps=1, validate_every=1, evaluate=False)
+        patching = PatchingConfig(strategy=strategy, max_patch_length=6)  # type: ignore[arg-type]
+        run = replace(run, data=replace(run.data, patching=patching))
+        train(run)
+        monkeypatch.setattr("sys.argv", ["evaluate", str(run.out), "--boundary-noise-ms", "40"])
+        if strategy == "aligned":
+            evaluate()
+            assert seen == [replace(patching, boundary_noise_ms=40.0)]
+        else:
+            with pytest.raises(UserError, match="expected a model of aligned patches, got one of"):
+                evaluate()
 
 
 @pytest.fixture
