@@ -47,7 +47,7 @@ def load_pretrained(name: str, kind: str, class_name: str) -> tuple[Any, bool]:
 
     Returns:
         The model in float32, in evaluation; and ``do_normalize`` of its
-        ``preprocessor_config.json``, False where there is none.
+        ``preprocessor_config.json`` or ``processor_config.json``, False where it has neither.
 
     Raises:
         UserError: transformers is not installed; no model there, or another one.
@@ -75,11 +75,24 @@ def load_pretrained(name: str, kind: str, class_name: str) -> tuple[Any, bool]:
             f"{name}: expected all weights of {class_name}, got none for {absent[0]} "
             f"({len(absent)} in all)"
         )
+    return model.eval(), _normalizes(name)
+
+
+def _normalizes(name: str) -> bool:
+    from transformers import Wav2Vec2FeatureExtractor
+    from transformers.utils import cached_file
+
     try:
-        extractor = transformers.Wav2Vec2FeatureExtractor.from_pretrained(name)
-    except OSError:
-        return model.eval(), False
-    return model.eval(), extractor.do_normalize
+        files = [
+            cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+            for file in ("preprocessor_config.json", "processor_config.json")
+        ]
+        if not any(files):
+            return False
+        return bool(Wav2Vec2FeatureExtractor.from_pretrained(name).do_normalize)
+    except (OSError, ValueError) as error:  # not there, or not to be had at present, are two things
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{name}: no preprocessor_config.json could be read ({reason})") from None
 
 
 class _Window(NamedTuple):

@@ -152,6 +152,9 @@ def test_waveforms_are_normalised_where_the_model_says_so(tmp_path: Path, save_h
     level = (waveform - waveform.mean()) / waveform.std()
     np.testing.assert_array_equal(normalising.encode(waveform), plain.encode(level))
     assert normalising.fingerprint != plain.fingerprint
+    (folder / "preprocessor_config.json").write_text("{")
+    with pytest.raises(UserError, match=r"no preprocessor_config\.json could be read"):
+        encoder(folder, centroids, 1)
 
 
 def test_nearest_centroid_is_exact_where_float32_is_not() -> None:
