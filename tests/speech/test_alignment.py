@@ -168,6 +168,29 @@ def test_utterances_are_aligned_together_as_alone(aligner: CTCAligner) -> None:
     assert aligner.align([], []) == []
 
 
+def test_folders_of_transformers_processor_are_read(tmp_path: Path, folder: Path) -> None:
+    from transformers import (
+        Wav2Vec2CTCTokenizer,
+        Wav2Vec2FeatureExtractor,
+        Wav2Vec2ForCTC,
+        Wav2Vec2Processor,
+    )
+
+    Wav2Vec2ForCTC.from_pretrained(folder).save_pretrained(tmp_path)
+    extractor = Wav2Vec2FeatureExtractor(do_normalize=True)
+    tokenizer = Wav2Vec2CTCTokenizer.from_pretrained(folder)
+    Wav2Vec2Processor(extractor, tokenizer).save_pretrained(tmp_path)
+    aligner, plain = CTCAligner.load(str(tmp_path)), CTCAligner.load(str(folder))
+    waveform = noise(16_000)
+    level = (waveform - waveform.mean()) / waveform.std()
+    (found,), (expected,) = (
+        aligner.align([waveform + 0.5], ["in all"]),
+        plain.align([level], ["in all"]),
+    )
+    assert found.words == expected.words
+    assert found.score == pytest.approx(expected.score, abs=1e-4)
+
+
 def test_why_an_utterance_cannot_be_aligned_is_told(aligner: CTCAligner) -> None:
     assert aligner.reason_against(5 * FRAME, "abba") is None
     assert aligner.reason_against(4 * FRAME, "abba") == (
