@@ -239,6 +239,9 @@ def plan_corpus(config: CorpusConfig) -> Plan:
                 "--out or remove the folder"
             )
         return plan
+    for name in settings[source_kind(config)]:
+        if config.out.resolve().is_relative_to(Path(name).resolve()):
+            raise UserError(f"--out {config.out}: expected a folder outside of the source {name}")
     known = re.compile(r"work|plan\.json.*")
     others = [path.name for path in config.out.glob("*") if not known.fullmatch(path.name)]
     if others and not (config.out / PLAN).is_file():  # another rank may have planned since

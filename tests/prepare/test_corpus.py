@@ -181,6 +181,12 @@ def test_a_folder_with_other_things_in_it_is_refused(config):
         prepare_corpus(config)
 
 
+def test_a_dataset_inside_its_own_source_is_refused(config):
+    with pytest.raises(UserError, match="expected a folder outside of the source"):
+        prepare_corpus(replace(config, out=config.folder / "made"))
+    assert not (config.folder / "made").exists()
+
+
 def test_a_folder_that_cannot_be_written_is_named(config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/made.*cannot be written \(Not a directory\)"):

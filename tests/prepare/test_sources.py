@@ -4,6 +4,7 @@ at their times, and a bad manifest is an error that names file and record."""
 import gzip
 import json
 import re
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -237,6 +238,12 @@ def test_a_bad_lhotse_manifest_is_named_with_its_line(tmp_path, session, prepare
 def test_an_absent_manifest_is_named(tmp_path, prepare):
     with pytest.raises(UserError, match=r"cuts\.jsonl\.gz: expected a file or a folder"):
         prepare(cuts=(tmp_path / "cuts.jsonl.gz",))
+
+
+def test_without_lhotse_its_manifests_name_the_extra(tmp_path, session, prepare, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lhotse.serialization", None)
+    with pytest.raises(UserError, match=r"need lhotse.*: pip install 'lst\[speech\]'"):
+        prepare(cuts=(tmp_path / "recordings.jsonl.gz",))
 
 
 # Folders and manifests ----------------------------------------------------------------------------

@@ -1,0 +1,62 @@
+"""HuBERT's units and the aligner's words, by way of the commands that prepare a corpus."""
+
+import numpy as np
+import pytest
+import soundfile
+
+from lst.data.records import Dataset
+from lst.errors import UserError
+from lst.prepare.corpus import CorpusConfig, prepare_corpus
+from lst.prepare.units import CodebookConfig, fit_codebook
+from lst.speech.alignment import CTCAligner
+from lst.speech.hubert import HubertKMeans
+
+TEXTS = {"a": "the cat sat", "b": "on a mat", "c": "1984", "d": "far too long a text for it " * 9}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rng = np.random.default_rng(0)
+    for name, text in TEXTS.items():
+        (tmp_path / "spoken").mkdir(exist_ok=True)
+        samples = rng.uniform(-0.5, 0.5, 9000).astype(np.float32)
+        soundfile.write(tmp_path / "spoken" / f"{name}.wav", samples, 16_000, subtype="FLOAT")
+        (tmp_path / "spoken" / f"{name}.txt").write_text(text)
+    return tmp_path / "spoken"
+
+
+def test_records_have_the_models_units_words_and_characters(
+    tmp_path, folder, save_hubert, save_ctc
+):
+    hubert, ctc = str(save_hubert(tmp_path / "hubert")), str(save_ctc(tmp_path / "ctc"))
+    codebook = tmp_path / "codebook.safetensors"
+    fit_codebook(CodebookConfig(out=codebook, folder=folder, hubert=hubert, layer=1, codes=7))
+    config = CorpusConfig(
+        out=tmp_path / "made", folder=folder, codebook=codebook, hubert=hubert, layer=1, aligner=ctc
+    )
+    prepare_corpus(config)
+    encoder, aligner = HubertKMeans.load(hubert, codebook, layer=1), CTCAligner.load(ctc)
+    dataset = Dataset.open(config.out, codebook=encoder.fingerprint)
+    for row, (name, text) in enumerate(TEXTS.items()):
+        record = dataset[row]
+        waveform, _ = soundfile.read(folder / f"{name}.wav", dtype="float32")
+        np.testing.assert_array_equal(record.units, encoder.encode(waveform))
+        assert record.text == text.strip()
+        if name in "ab":
+            (expected,) = aligner.align([waveform], [text])
+            assert (record.words, record.chars) == expected.frames(len(record.units))
+            assert [word.word for word in record.words] == text.split()
+        else:  # nothing to say, and too little time for it
+            assert record.words is record.chars is None
+    plan = (config.out / "plan.json").read_text()
+    assert '"unaligned": 2' in plan
+
+
+def test_units_of_another_layer_are_another_corpus(tmp_path, folder, save_hubert):
+    hubert = str(save_hubert(tmp_path / "hubert"))
+    codebook = tmp_path / "codebook.safetensors"
+    fit_codebook(CodebookConfig(out=codebook, folder=folder, hubert=hubert, layer=1, codes=7))
+    config = {"out": tmp_path / "made", "folder": folder, "codebook": codebook, "hubert": hubert}
+    prepare_corpus(CorpusConfig(**config, layer=1))
+    with pytest.raises(UserError, match="was begun with another codebook;"):
+        prepare_corpus(CorpusConfig(**config, layer=0))
