@@ -361,6 +361,23 @@ def test_every_parameter_gets_a_finite_gradient(text_path, spans, dead_tail):
     assert model.global_transformer.layers[0].attention.qkv.weight.grad.any()
 
 
+@pytest.mark.parametrize(
+    ("architecture", "text_path"), [("lst", "local"), ("lst", "global"), ("token", "local")]
+)
+def test_a_training_step_asks_the_device_nothing(architecture, text_path):
+    """Meta tensors hold nothing: whatever waits for a value raises on them."""
+    config = small_config(architecture=architecture, text_path=text_path)
+    with torch.device("meta"):
+        model = build_model(config, VOCABULARY)
+    strategy = Static(size=3) if architecture == "lst" else NoPatching()
+    rows = [patch_document(document, VOCABULARY, strategy) for document in documents()]
+    batch = make_batch(rows, VOCABULARY, config.plan(), step=0).to("meta")
+    model(batch).sum().backward()
+    assert all(parameter.grad.is_meta for parameter in model.parameters())
+    with pytest.raises(RuntimeError):
+        batch.tokens.nonzero()
+
+
 @pytest.mark.parametrize("text_path", ["local", "global"])
 def test_the_dead_tail_changes_no_loss(text_path):
     model, docs = model_of(small_config(text_path=text_path)), documents()
