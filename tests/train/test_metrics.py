@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import resource
 import sys
 from collections.abc import Callable, Iterator
@@ -119,6 +120,20 @@ def test_without_wandb_the_option_names_what_to_install(
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"^--wandb: .* pip install 'lst\[wandb\]'$"):
         train(tiny(wandb="speech"))
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_on_a_terminal_a_bar_tells_the_time_left(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "400")
+    train(tiny(steps=3))
+    said = capsys.readouterr()
+    bars = said.err.split("\r")
+    assert any(re.match(r"step 2/3 .*\d\d:\d\d<\d\d:\d\d, loss \d", bar) for bar in bars), bars
+    assert "step 2/3" not in said.out
+    assert "step 3  valid/text" in said.out
 
 
 @contextmanager

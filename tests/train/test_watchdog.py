@@ -28,7 +28,7 @@ Processes = list["subprocess.Popen[str]"]
 SECONDS = 100  # that anything may take before its test fails
 pytestmark = [pytest.mark.timeout(3 * SECONDS), pytest.mark.usefixtures("undrawn")]
 
-# The command, where rank 1 does something of its own in the middle of step 3.
+# The command, where one rank does something of its own in the middle of a step.
 PATCHED = """
 import os, sys, time
 import lst.train.loop as loop
@@ -39,7 +39,7 @@ backward, calls = loop.backward, []
 
 def interposed(*args, **kwargs):
     calls.append(1)
-    if len(calls) == 3 and os.environ["RANK"] == "1":
+    if len(calls) == STEP and os.environ["RANK"] == "RANK_":
         ACTION
     return backward(*args, **kwargs)
 
@@ -56,12 +56,20 @@ def free_port() -> int:
 
 @contextmanager
 def job(
-    config: TrainConfig, *, ranks: int = 1, world: int | None = None, action: str | None = None
+    config: TrainConfig,
+    *,
+    ranks: int = 1,
+    world: int | None = None,
+    action: str | None = None,
+    step: int = 3,
 ) -> Iterator[Processes]:
-    """The ranks of a run that goes on until it is ended; killed at the end of the block."""
+    """The ranks of a run, killed at the end of the block; the last does ``action`` in ``step``."""
     config.out.mkdir()
     (config.out / "config.json").write_text(json.dumps(to_json(config)))
-    module = ["-m", "lst.train"] if action is None else ["-c", PATCHED.replace("ACTION", action)]
+    module = ["-m", "lst.train"]
+    if action is not None:
+        patched = PATCHED.replace("STEP", str(step)).replace("RANK_", str(ranks - 1))
+        module = ["-c", patched.replace("ACTION", action)]
     shared = {"WORLD_SIZE": world or ranks, "LOCAL_WORLD_SIZE": ranks, "OMP_NUM_THREADS": 1}
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     processes = []
@@ -228,6 +236,39 @@ def test_a_signal_ends_a_rank_that_waits_for_others_to_start(tiny: Tiny) -> None
     assert code == 0, err
     got = json.loads((config.out / "status.json").read_text())
     assert (got["state"], got["signal"]) == ("stopped", "SIGUSR1")
+
+
+def test_a_signal_ends_a_first_step_that_compiles_for_long(tiny: Tiny, tmp_path: Path) -> None:
+    config = endless(tiny, 9.0)
+    mark = tmp_path / "compiling"
+    action = f"open({str(mark)!r}, 'w').close()\n        while True: pass"
+    with job(config, action=action, step=1) as processes:
+        until = time.monotonic() + SECONDS
+        while not mark.exists():
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        processes[0].send_signal(signal.SIGTERM)
+        code, err = end(processes[0])
+    assert code == 0, err
+    got = json.loads((config.out / "status.json").read_text())
+    assert (got["state"], got["signal"], got["step"]) == ("stopped", "SIGTERM", 0)
+
+
+def test_a_gradient_that_one_rank_alone_spoils_is_skipped_by_all(tiny: Tiny) -> None:
+    config = tiny(steps=5, validate_every=5, checkpoint_every=5)
+    action = (
+        "weight = next(args[0].parameters())\n"
+        "        once = weight.register_hook(lambda g: (once.remove(), g * float('nan'))[1])"
+    )
+    with job(config, ranks=2, action=action) as processes:
+        ends = [end(process) for process in processes]
+    assert [code for code, _ in ends] == [0, 0], ends
+    (event,) = map(json.loads, (config.out / "events.jsonl").read_text().splitlines())
+    assert (event["step"], event["event"]) == (3, "skipped")
+    texts = (config.out / "metrics.jsonl").read_text().splitlines()
+    lines = [line for line in map(json.loads, texts) if line["split"] == "train"]
+    assert [line["skipped"] for line in lines] == [0, 0, 1, 1, 1]
+    assert all(line["loss"] > 0 for line in lines)
 
 
 def test_a_job_that_is_suspended_as_a_whole_goes_on(tiny: Tiny) -> None:
