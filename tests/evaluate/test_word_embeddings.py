@@ -22,6 +22,16 @@ from lst.vocabulary import Vocabulary
 VOCABULARY = Vocabulary(num_pieces=10, num_units=20)
 
 
+class Letters:
+    """A tokenizer of one piece a letter."""
+
+    def encode(self, text):
+        return [ord(letter) % 10 for letter in text.replace(" ", "")]
+
+
+TOKENIZER = Letters()
+
+
 def make_model(**changes):
     torch.manual_seed(0)
     config = ModelConfig(
@@ -56,11 +66,11 @@ RECORDS = [
 @pytest.mark.parametrize("text_path", ["local", "global"])
 def test_a_vector_is_its_words_patch(text_path):
     model, plan = make_model(text_path=text_path)
-    vectors, words = word_embeddings(model, RECORDS, VOCABULARY, None, plan)
+    vectors, words = word_embeddings(model, RECORDS, VOCABULARY, TOKENIZER, plan)
     assert words == ["the", "fox", "home", "fox"]
     # The same patch, cut out of the encoder's own answer: patches of the document are <bos>, <s>,
     # silence, The, fox, silence, home, silence, <eos>.
-    document = record_document(RECORDS[0], VOCABULARY, None, stable_rng(0), "speech")
+    document = record_document(RECORDS[0], VOCABULARY, TOKENIZER, stable_rng(0), "speech")
     batch = pack_documents([document], VOCABULARY, Aligned(), plan)
     assert torch.diff(batch.layout.cu_patches).tolist() == [1, 1, 2, 3, 1, 2, 9, 3, 1]
     with torch.no_grad():
@@ -76,16 +86,16 @@ def test_a_vector_is_its_words_patch(text_path):
 def test_records_without_aligned_words_are_left_out():
     model, plan = make_model()
     silent = spoken("silent")
-    vectors, words = word_embeddings(model, [silent, RECORDS[1]], VOCABULARY, None, plan)
+    vectors, words = word_embeddings(model, [silent, RECORDS[1]], VOCABULARY, TOKENIZER, plan)
     assert (len(vectors), words) == (1, ["fox"])
     with pytest.raises(UserError, match="expected speech with aligned words, got none"):
-        word_embeddings(model, [silent], VOCABULARY, None, plan)
+        word_embeddings(model, [silent], VOCABULARY, TOKENIZER, plan)
 
 
 def test_a_token_level_model_has_no_patches():
     model, plan = make_model(architecture="token")
     with pytest.raises(UserError, match="expected a model with patches"):
-        word_embeddings(model, RECORDS, VOCABULARY, None, plan)
+        word_embeddings(model, RECORDS, VOCABULARY, TOKENIZER, plan)
 
 
 def test_the_measures_are_their_definitions():
@@ -161,5 +171,5 @@ class Trained:
         return self._plan
 
 
-class Cut:
+class Cut(Letters):
     fingerprint = None
