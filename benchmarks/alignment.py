@@ -70,7 +70,7 @@ NETWORK: dict[str, Any] = {
 BATCH_SECONDS = 12.0
 PEAK_RATE = 2e-3
 LIMITS = (20, 40, 80)  # ms
-PADDING = 40  # samples before and after, by which the aligner centres frames
+PADDING = 40  # zeros before and after a sentence in training
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +237,15 @@ def measure(aligner: CTCAligner, folder: Path) -> dict[str, Any]:
     }
 
 
+def receptive_field() -> int:
+    """Samples that one frame of the network is made from."""
+    samples = stride = 1
+    for kernel, step in zip(NETWORK["conv_kernel"], NETWORK["conv_stride"], strict=True):
+        samples += (kernel - 1) * stride
+        stride *= step
+    return samples
+
+
 def windows_beside_one_pass(model_folder: Path, dataset: Path) -> dict[str, Any]:
     """What windows of 60 s change of five minutes, in a network that has learnt to listen."""
     from sklearn.cluster import KMeans
@@ -245,7 +254,9 @@ def windows_beside_one_pass(model_folder: Path, dataset: Path) -> dict[str, Any]
     waveform = np.concatenate([story.speech.waveform for story in spoken(dataset, 300)])
     model = Wav2Vec2ForCTC.from_pretrained(model_folder).eval()
     with torch.inference_mode():
-        padded = torch.from_numpy(np.pad(waveform, (PADDING, PADDING + FRAME_SAMPLES)))
+        # As FrameModel pads, so that frames are the same.
+        overhang = receptive_field() - FRAME_SAMPLES // 2
+        padded = torch.from_numpy(np.pad(waveform, (overhang // 2, overhang + FRAME_SAMPLES)))
         one_pass = model.wav2vec2(padded[None]).last_hidden_state[0]
         in_windows = FrameModel(model.wav2vec2, layer=None, normalize=False).states([waveform])[0]
         one_pass = one_pass[: len(in_windows)]
