@@ -30,7 +30,7 @@ Activations of a row of the residual stream, d wide, s bytes a number (4 under a
 What CUDA, NCCL and the allocator keep for themselves (1 to 3 GB) is not in it.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from math import ceil, prod
 
 import torch
@@ -216,28 +216,30 @@ def _logits(model: LanguageModel, rows: Counts, product: int) -> float:
 # The batch ----------------------------------------------------------------------------------------
 
 
-def _batch(config: TrainConfig, mix: Mix, gpus: int) -> Iterable[str]:
+def _batch(config: TrainConfig, mix: Mix, gpus: int) -> Iterator[str]:
     data, micro_batches = config.data, config.accumulation
     rows = expected_rows(config, mix)
-    speech = rows.tokens * (1 - mix.text) * mix.speech
-    hours = speech / FRAMES_PER_SECOND / 3600
-    patched = config.model.architecture == "lst"
+    hours = rows.tokens * (1 - mix.text) * mix.speech / FRAMES_PER_SECOND / 3600
     a_gpu = data.rows // (gpus * micro_batches)
+
+    def holds(steps: int) -> str:
+        if data.patching.strategy == "speech-bpe":
+            return "how much speech, the pieces of the corpus say"
+        tokens, speech = rows.tokens * steps / 1e9, hours * steps
+        return f"about {tokens:,.4g} G tokens, {speech:,.6g} hours of speech in them"
+
+    patched = f", in patches of {mix.patch_size:g}" if config.model.architecture == "lst" else ""
     yield (
         f"batch (expected: {mix.text:.0%} of the tokens in text alone, {mix.speech:.0%} of the "
-        f"others speech{f', in patches of {mix.patch_size:g}' if patched else ''})"
+        f"others speech{patched})"
     )
     yield _row("a GPU, each time", f"{a_gpu:,} × {data.units_per_sequence:,} units")
     yield _row("micro-batches a step", f"{micro_batches:,}")
     yield _row("a step", f"{data.rows:,} × {data.units_per_sequence:,} = {rows.units:,.0f} units")
-    yield _row("", f"about {rows.tokens:,.0f} tokens, {hours:,.2f} hours of speech in them")
+    yield _row("", holds(1))
     yield _row("steps", f"{config.steps:,}")
     yield _row("the run", f"{rows.units * config.steps / 1e9:,.2f} G units")
-    yield _row(
-        "",
-        f"about {rows.tokens * config.steps / 1e9:,.2f} G tokens, "
-        f"{hours * config.steps:,.0f} hours of speech",
-    )
+    yield _row("", holds(config.steps))
 
 
 def _row(name: str, value: str) -> str:
