@@ -35,7 +35,7 @@ TINY = Study(
     seeds={"baseline": 2, "curriculum": 2},
 )
 
-# Meant for twenty minutes of one H100 or H200: about 20 runs of 16 million units each. Not measured.
+# Meant for twenty minutes of one H100 or H200 (not measured): some 20 runs of 16 million units.
 SMALL = Study(
     name="small",
     claim=(
