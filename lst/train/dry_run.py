@@ -225,8 +225,8 @@ def _batch(config: TrainConfig, mix: Mix, gpus: int) -> Iterator[str]:
     def holds(steps: int) -> str:
         if data.patching.strategy == "speech-bpe":
             return "how much speech, the pieces of the corpus say"
-        tokens, speech = rows.tokens * steps / 1e9, hours * steps
-        return f"about {tokens:,.4g} G tokens, {speech:,.6g} hours of speech in them"
+        tokens, speech = rows.tokens * steps, hours * steps
+        return f"about {tokens:,.0f} tokens, {speech:,.2f} hours of speech in them"
 
     patched = f", in patches of {mix.patch_size:g}" if config.model.architecture == "lst" else ""
     yield (
