@@ -16,7 +16,7 @@ from lst.data.batch import Batch
 from lst.train.distributed import World
 from lst.train.metrics import Loss
 
-WINDOW = 100  # steps that a loss is compared with
+WINDOW = 32  # steps that a loss is compared with: few, as a loss that falls is soon another
 ENOUGH = 20  # of them, before any comparison
 DEVIATIONS = 8.0  # standard deviations that make a spike
 LEAST = 0.1  # and this part of the median: a loss that hardly varies has a tiny deviation
