@@ -159,16 +159,18 @@ class CTCAligner:
             texts: what is said in each, written with its punctuation.
 
         Raises:
-            UserError: one for which :meth:`reason_against` has a reason; it names the place in
-                the list.
+            UserError: one for which :meth:`reason_against` has a reason, or whose best path is
+                not in the band or has no finite score; it names the place in the list.
         """
         for place, (waveform, text) in enumerate(zip(waveforms, texts, strict=True)):
             if reason := self.reason_against(len(waveform), text):
                 raise UserError(f"utterance {place}: {reason}")
         spelt = [self._spell(text) for text in texts]
-        paths = best_paths(
-            self.emissions(waveforms), [labels for labels, _ in spelt], blank=self._blank
-        )
+        labels = [labels for labels, _ in spelt]
+        try:
+            paths = best_paths(self.emissions(waveforms), labels, blank=self._blank)
+        except ValueError as error:  # samples that are no numbers, or a text far out of step
+            raise UserError(str(error)) from None
         return [
             self._read(path, score, owners, text, len(waveform))
             for (path, score), (_, owners), text, waveform in zip(

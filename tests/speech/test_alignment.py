@@ -201,6 +201,8 @@ def test_why_an_utterance_cannot_be_aligned_is_told(aligner: CTCAligner) -> None
         assert reason == f"no character of {text!r} is in the aligner's vocabulary"
     with pytest.raises(UserError, match="utterance 1: the text needs 2 frames"):
         aligner.align([noise(FRAME), noise(FRAME)], ["a", "no"])
+    with pytest.raises(UserError, match="utterance 1: no path of 9 frames speaks its labels"):
+        aligner.align([noise(9 * FRAME), np.full(9 * FRAME, np.nan, np.float32)], ["a", "no"])
 
 
 def test_other_models_are_refused(tmp_path: Path, save_hubert, save_ctc) -> None:
