@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lst.data.records import FRAMES_PER_SECOND, Record, Span, Word
-from lst.errors import UserError
 from lst.prepare.outcomes import Outcome, Skipped
 from lst.prepare.sources import Utterance
 from lst.speech.audio import AudioError, AudioReader, sample_range
@@ -54,7 +53,7 @@ class Studio:
             words, chars = _given_alignment(utterance, text, len(units))
             if words is None and text is not None and stop - start <= ALIGNED:
                 words, chars = self._align(audio, start, stop, text, len(units))
-        except (AudioError, UserError) as error:
+        except AudioError as error:
             return Skipped(utterance.where, str(error))
         return Record(
             id=utterance.id,

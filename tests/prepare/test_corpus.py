@@ -281,6 +281,14 @@ def test_a_job_that_finds_nothing_fit_stops_early(config, prepared, monkeypatch)
     assert len(prepared.done) == 2
 
 
+def test_a_missing_library_is_no_fault_of_the_files(config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "soundfile", None)
+    with pytest.raises(UserError, match=r"needs soundfile.*: pip install 'lst\[speech\]'"):
+        prepare_corpus(config)
+    monkeypatch.undo()
+    assert prepare_corpus(config).num_records == 6
+
+
 def test_records_that_parquet_cannot_hold_are_skipped(tmp_path, prepare):
     (tmp_path / "a.jsonl").write_text('{"text": "good"}\n{"text": "\\ud800"}\n')
     (record,) = prepare(text=(tmp_path / "a.jsonl",), max_skipped_share=0.5)
