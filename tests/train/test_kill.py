@@ -18,7 +18,7 @@ SECONDS = 60  # that one start of a run may take
 STEPS, EVERY = 12, 3
 
 # The command as a cluster gives it again and again, for a preset in a file. It comes to rest, and
-# leaves a mark, where "module.function" is called with a path like the pattern.
+# leaves a mark, where "module.function" is called with a path, or a number, like the pattern.
 COMMAND = """
 import fnmatch, pkgutil, sys, time
 from pathlib import Path
@@ -33,11 +33,11 @@ command.DESCRIPTIONS["tiny"] = "a run of a second"
 command.SILENCE = 0.0
 lst.train.metrics.plot_losses = lambda *_: None
 
-def resting(path, *args, **kwargs):
-    if fnmatch.fnmatch(str(path), pattern):
+def resting(first, *args, **kwargs):
+    if fnmatch.fnmatch(str(first), pattern):
         Path(preset).with_suffix(".mark").touch()
         time.sleep(1000)
-    return real(path, *args, **kwargs)
+    return real(first, *args, **kwargs)
 
 if module:
     place = pkgutil.resolve_name(module)
@@ -86,14 +86,22 @@ def folders(config: TrainConfig, pattern: str) -> list[Path]:
     return list((config.out / "checkpoints").glob(pattern))
 
 
-def kill(running: Any, moment: Callable[[], bool]) -> None:
-    """Kill all ranks as soon as it is the moment; the run must not end before."""
+def kill(config: TrainConfig, running: Any, *, saved: str = "") -> None:
+    """Kill all ranks as soon as one has come to rest, and that checkpoint is there."""
     deadline = time.monotonic() + SECONDS
-    while not moment():
+    wanted = [config.out.with_suffix(".mark")]
+    if saved:
+        wanted.append(config.out / "checkpoints" / saved)
+    while not all(path.exists() for path in wanted):
         assert time.monotonic() < deadline, running.printed()
         time.sleep(0.001)
     running.kill()
     assert running.codes[0] == -9, running.printed()
+
+
+def in_step(number: int) -> tuple[str, str, str]:
+    """Where to rest in the middle of a step, whatever is written by then."""
+    return ("lst.train.loop", "learning_rate", str(number))
 
 
 def assert_same_run(first: TrainConfig, second: TrainConfig) -> None:
@@ -114,21 +122,16 @@ def test_a_run_killed_at_random_moments_equals_one_that_was_not(
     start(whole, ranks=ranks).succeed()
     rng = random.Random(ranks)
 
-    def kill_after_step(number: int) -> None:
-        running = start(killed, ranks=ranks)
-        kill(running, lambda: f"step {number}/" in running.printed(0))
-
-    def kill_in(module: str, function: str, pattern: str) -> None:
-        rest = (module, function, pattern)
-        mark = killed.out.with_suffix(".mark")
-        kill(start(killed, ranks=ranks, rest=rest), mark.exists)
-
-    kill_after_step(rng.randrange(1, EVERY))
-    kill_in("lst.train.checkpoint", "_join_shards", "*-00000003.tmp/model")  # tensors are written
-    kill_after_step(rng.randrange(1, 2 * EVERY))
-    kill_in("lst.train.checkpoint", "_publish", "*-00000006.tmp")  # all is written
-    kill_after_step(rng.randrange(4, 3 * EVERY))
-    kill_in("shutil", "rmtree", "*.old.tmp")  # a new one is complete, the oldest goes
+    moments = [
+        in_step(rng.randrange(1, EVERY + 1)),
+        ("lst.train.checkpoint", "_join_shards", "*-00000003.tmp/model"),  # tensors are written
+        in_step(rng.randrange(1, 2 * EVERY)),
+        ("lst.train.checkpoint", "_publish", "*-00000006.tmp"),  # all is written
+        in_step(rng.randrange(2 * EVERY, 3 * EVERY)),
+        ("shutil", "rmtree", "*.old.tmp"),  # a new one is complete, the oldest goes
+    ]
+    for rest in moments:
+        kill(killed, start(killed, ranks=ranks, rest=rest))
     for folder in folders(killed, "step-*"):
         load_model(folder, "cpu")  # none is there in part
     start(killed, ranks=ranks).succeed()
@@ -139,9 +142,9 @@ def test_a_run_killed_at_random_moments_equals_one_that_was_not(
 def test_a_run_goes_on_with_other_workers_bit_for_bit(tiny: Tiny, start: Start) -> None:
     whole, killed = configured(tiny, "whole"), configured(tiny, "killed")
     start(whole).succeed()
-    for workers, number in ((0, 5), (2, 8)):
-        running = start(killed, "--data.num-workers", workers)
-        kill(running, lambda r=running, n=number: f"step {n}/" in r.printed(0))
+    for workers, step, saved in ((0, 5, "step-00000003"), (2, 8, "step-00000006")):
+        running = start(killed, "--data.num-workers", workers, rest=in_step(step))
+        kill(killed, running, saved=saved)
     start(killed).succeed()
     assert_same_run(whole, killed)
 
@@ -153,8 +156,7 @@ def test_a_run_goes_on_with_other_processes_on_the_same_batches(
 ) -> None:
     whole, killed = configured(tiny, "whole"), configured(tiny, "killed")
     start(whole, ranks=first).succeed()
-    running = start(killed, ranks=first)
-    kill(running, lambda: f"step {2 * EVERY}/" in running.printed(0))
+    kill(killed, start(killed, ranks=first, rest=in_step(5)), saved="step-00000003")
     start(killed, "--parallel.strategy", strategy, ranks=second).succeed()
     for a, b in zip(told(killed), told(whole), strict=True):
         for key in ("step", "split", "lr", "seen_tokens", "seen_units"):
