@@ -5,6 +5,7 @@ versions and commit.
 """
 
 import json
+import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -112,6 +113,35 @@ def outrun(benchmark, table: list[Row]) -> Callable[..., None]:
         )
         table.append(row)
         assert row.passed, f"{case}: {row.ratio:.0f} < {floor:g} times real time"
+
+    return run
+
+
+@pytest.fixture
+def keep_pace(benchmark, table: list[Row]) -> Callable[..., None]:
+    """Time ours round by round, and assert the median of how many tokens a second it makes."""
+
+    def run(case: str, ours: Callable[[], int], *, rounds: int, floor: float | None) -> None:
+        """``ours`` works for a round and returns its tokens; ``floor``: tokens a second."""
+        tokens: list[int] = []
+        benchmark.pedantic(lambda: tokens.append(ours()), rounds=rounds, warmup_rounds=1)
+        if benchmark.stats is None:  # --benchmark-disable: it ran once, and was not timed
+            return
+        times = benchmark.stats.stats.data
+        rates = [made / taken for made, taken in zip(tokens[-len(times) :], times, strict=True)]
+        rate = statistics.median(rates)
+        row = Row(
+            case=case,
+            peer="1,000,000 tokens/s",
+            ours=_milliseconds(statistics.median(times)),
+            theirs=_milliseconds(statistics.median(tokens) / 1e6),
+            ratio=rate / 1e6,
+            floor=None if floor is None else floor / 1e6,
+            note=f"{rate:,.0f} tokens/s, {min(rates):,.0f} to {max(rates):,.0f}",
+        )
+        benchmark.extra_info["tokens_per_second"] = rate
+        table.append(row)
+        assert row.passed, f"{case}: {rate:,.0f} < {floor:,.0f} tokens/s"
 
     return run
 

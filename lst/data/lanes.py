@@ -8,8 +8,8 @@ shuffled anew each epoch, and yields (row, state after it); its row number is th
 lane knows of another, of processes or of workers, so what a lane yields depends on none of them.
 
 A source is a dataset and the kind of documents that its records become. The next document comes
-from the source that has delivered the least content for its weight: tokens (text pieces and speech
-units) or units (their patches). So each source's share of a lane is its weight's but for one
+from the source that has delivered the least content for its weight: tokens (text pieces and 25 Hz
+speech units) or units (their patches). So each source's share of a lane is its weight's but for one
 document. A source with fewer records than lanes is shared: every lane goes through all of it, in
 orders of its own.
 """
@@ -200,9 +200,19 @@ class Lane:
             raise UserError(f"{dataset.where(index)}, {error}") from None
         strategy = strategy_at(self.patching, drawn.row, self.total_steps, rng)
         packed = patch_document(document, self.vocabulary, strategy)
-        specials = int(np.count_nonzero(self.vocabulary.is_special(document.tokens)))  # patches
-        whole = packed.tokens if self.weights_in == "tokens" else packed.lengths
-        return packed, len(whole) - specials
+        return packed, self._content(packed)
+
+    def _content(self, packed: Packed) -> int:
+        """Specials are none of it. Speech counts by its units also where it is in BPE pieces, so
+        that runs of both read the same documents."""
+        tokens, vocabulary = packed.tokens, self.vocabulary
+        specials = int(np.count_nonzero(vocabulary.is_special(tokens)))  # a patch each
+        if self.weights_in == "units":
+            return len(packed.lengths) - specials
+        content = len(tokens) - specials
+        if vocabulary.speech_bpe is not None:
+            content += int((vocabulary.num_frames(tokens) - vocabulary.is_unit(tokens)).sum())
+        return content
 
     def _record_index(self, drawn: Carry) -> int:
         key = (drawn.source, drawn.epoch)

@@ -41,7 +41,7 @@ class DataConfig:
     # Shares of datasets under corpus/train (the paper's 2 to 1). A key is DATASET or DATASET:KIND,
     # where KIND says what documents its records become: lst.data.interleave.DOCUMENT_KINDS.
     mixture: dict[str, float] = field(default_factory=lambda: {"text": 2.0, "speech": 1.0})
-    # What the shares are of: tokens (pieces and speech units), or units (their patches).
+    # What the shares are of: tokens (pieces and 25 Hz units), or units (their patches).
     mixture_in: Literal["tokens", "units"] = "tokens"
     rows: int  # sequences in the global batch
     units_per_sequence: int  # one of them goes to the dead tail

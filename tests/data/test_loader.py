@@ -97,6 +97,63 @@ def test_the_global_batch_does_not_depend_on_ranks_and_micro_batches(
             assert sum(getattr(part, name) for part in parts) == getattr(batch, name)
 
 
+@pytest.mark.parametrize(("rows", "world_size", "accumulation"),
+                         [(1, 1, 1), (3, 3, 1), (4, 2, 2), (8, 4, 1), (8, 1, 4)])  # fmt: skip
+def test_an_epoch_reads_every_record_of_every_shard_once(
+    corpus, make_loader, rows, world_size, accumulation
+):
+    """Whatever the number of lanes, ranks and micro-batches: 41 texts in 5 shards, 10 in each."""
+    ranks = [
+        iter(make_loader(mixture={"text": 1.0}, rows=rows, rank=rank, world_size=world_size,
+                         accumulation=accumulation))
+        for rank in range(world_size)
+    ]  # fmt: skip
+    seen = {lane: [] for lane in range(rows)}
+    unfinished = set(seen)
+    while unfinished:
+        for rank in ranks:
+            micro_batches, states = next(rank)
+            lanes = iter(sorted(states))
+            for batch in micro_batches:
+                for ids, lane in zip(rows_of(batch, UNITS - 1), lanes, strict=False):
+                    # What goes on from the row before was counted there.
+                    opened = seen[lane] and seen[lane][-1] == ids[0]
+                    seen[lane] += ids[1:] if opened else ids
+                    if states[lane]["sources"]["text"]["epoch"] > 0:
+                        unfinished.discard(lane)
+    sizes = [len(range(lane, 41, rows)) for lane in range(rows)]
+    first_epoch = [name for lane in seen for name in seen[lane][: sizes[lane]]]
+    assert sorted(first_epoch) == sorted(corpus.records["text"])
+
+
+def rows_of(batch, units):
+    """The record ids of each row of a batch."""
+    rows, filled = [[]], 0
+    for name, patches in zip(
+        batch.record_ids, torch.diff(batch.layout.cu_documents).tolist(), strict=False
+    ):
+        if filled == units:
+            rows.append([])
+            filled = 0
+        rows[-1].append(name)
+        filled += patches
+    return rows
+
+
+@pytest.mark.parametrize("mixture_in", ["tokens", "units"])
+def test_a_run_goes_on_where_it_stopped_while_workers_were_ahead(make_loader, mixture_in):
+    """A worker makes batches ahead; the states are those of the batch that was taken."""
+    options = {"mixture": {"text": 2.0, "speech:speech": 1.0, "speech": 1.0}}
+    options |= {"mixture_in": mixture_in, "accumulation": 2}
+    whole = steps(make_loader(**options), 12)
+    ahead = iter(make_loader(**options, num_workers=1))
+    taken = [next(ahead) for _ in range(7)]
+    states = {int(k): v for k, v in json.loads(json.dumps(taken[-1][1])).items()}
+    del ahead
+    assert [([live(b) for b in batches], after) for batches, after in taken] == whole[:7]
+    assert steps(make_loader(**options, states=states), 5) == whole[7:]
+
+
 def test_a_run_goes_on_where_it_stopped(make_loader):
     """Past the ends of epochs, and with another number of ranks."""
     whole = steps(make_loader(), 40)
