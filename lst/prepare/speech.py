@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lst.data.records import FRAMES_PER_SECOND, Record, Span, Word
+from lst.errors import UserError
 from lst.prepare.outcomes import Outcome, Skipped
 from lst.prepare.sources import Utterance
 from lst.speech.audio import AudioError, AudioReader, sample_range
@@ -70,7 +71,11 @@ class Studio:
     ) -> tuple[tuple[Word, ...] | None, tuple[Span, ...] | None]:
         if self.aligner is None or self.aligner.reason_against(stop - start, text) is not None:
             return None, None
-        (alignment,) = self.aligner.align([audio.read(start, stop)], [text])
+        waveform = audio.read(start, stop)
+        try:
+            (alignment,) = self.aligner.align([waveform], [text])
+        except UserError:  # a text that is far from what is said
+            return None, None
         return alignment.frames(num_frames)
 
 

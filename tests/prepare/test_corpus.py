@@ -344,6 +344,8 @@ class Halves:
 
         ((waveform,), (text,)) = waveforms, texts
         self.heard.append(text)
+        if text == "Another text.":
+            raise UserError("no path")
         end = len(waveform) / 16_000
         chars = tuple(Timed(char, 0.0, 0.0) for char in text)
         first, last = text.split()
@@ -367,6 +369,8 @@ def test_an_aligner_finds_the_words_that_no_manifest_has_times_of(tmp_path):
     assert [(w.word, w.start, w.stop) for w in timed.words] == [("Hello", 0, 5), ("there.", 8, 10)]
     assert prepare(replace(utterance, text="1984")).words is None
     assert aligner.heard == ["Hello there."]
+    unaligned = prepare(replace(utterance, text="Another text."))
+    assert (unaligned.text, unaligned.words) == ("Another text.", None)
 
 
 # The command --------------------------------------------------------------------------------------
