@@ -8,8 +8,8 @@
    through the reference backend. Where they differ, nothing is measured.
 2. With ``--corpus``: the ``demo`` preset on the device in bfloat16, as ``lst.train`` runs it.
 3. Forward, backward and AdamW of ``lst-1b`` and ``baseline-1b`` on streams of 4 × 4,096 units made
-   of random tokens in the paper's mix (of three tokens one is interleaved speech and text, two are
-   text; static patches of 4); fewer rows where memory forbids.
+   of random tokens in the paper's mix (`benchmarks.mix`; static patches of 4); fewer rows where
+   memory forbids.
 
 Each part adds to ``DIR/train-steps-<device>-<date>.json`` as soon as it is done: median step time,
 units/s, tokens/s, peak memory, with machine, versions and commit.
@@ -24,78 +24,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import lst_kernels
-from lst.data.batch import Batch, make_batch, pack_documents
-from lst.data.interleave import Document
-from lst.data.packing import Packed, concatenate, patch_document, take
+from benchmarks.mix import MIX, PAPER, documents, random_batch
+from lst.data.batch import pack_documents
 from lst.data.patching import NoPatching, Static, Strategy
 from lst.machine import describe_machine, file_stem
 from lst.model import ModelConfig, StackConfig, build_model, count_parameters
 from lst.presets import PRESETS
 from lst.train.loop import train
 from lst.train.optimizer import build_optimizer
-from lst.vocabulary import BOS, EOS, SPEECH, TEXT, Vocabulary
 
-VOCABULARY = Vocabulary(num_pieces=32000, num_units=501)  # Llama 2's pieces, HuBERT's units
 ROWS, UNITS_PER_ROW = 4, 4096
 WARM_UP, STEPS = 3, 10
-PIECES_PER_WORD, FRAMES_PER_WORD = 1.3, 7.6  # a word 5.8, and about half of a silence of 3.7
-
-
-# --- random documents of the paper's shape --------------------------------------------------------
-
-
-def _pieces(count: int, rng: np.random.Generator) -> np.ndarray:
-    return VOCABULARY.piece_to_id(rng.integers(0, VOCABULARY.num_pieces, count))
-
-
-def text_document(rng: np.random.Generator) -> Document:
-    return _document([[BOS], _pieces(int(rng.integers(200, 2000)), rng), [EOS]])
-
-
-def interleaved_document(rng: np.random.Generator) -> Document:
-    """Spans of 5–30 written words, each followed by half as many spoken ones: about a minute."""
-    parts: list[Any] = [[BOS]]
-    for _ in range(6):
-        words = int(rng.integers(5, 31))
-        parts += [[TEXT], _pieces(round(words * PIECES_PER_WORD), rng)]
-        units = rng.integers(0, VOCABULARY.num_units, round(words / 2 * FRAMES_PER_WORD))
-        parts += [[SPEECH], VOCABULARY.unit_to_id(units)]
-    return _document([*parts, [EOS]])
-
-
-def _document(parts: list[Any]) -> Document:
-    return Document(
-        tokens=np.concatenate([np.asarray(part, np.int32) for part in parts]),
-        aligned=np.zeros((0, 2), np.int32),
-        breaks=(),
-        score_from=0,
-        score_eos=True,
-        record_id="random",
-    )
-
-
-def random_batch(config: ModelConfig, rows: int, units: int, seed: int) -> Batch:
-    """Rows of exactly ``units`` units, two thirds of the batch's content in text documents."""
-    rng = np.random.default_rng(seed)
-    strategy: Strategy = Static(size=4) if config.architecture == "lst" else NoPatching()
-    delivered = {"text": 0.0, "interleaved": 0.0}  # content tokens over their share
-    content = []
-    for _ in range(rows):
-        parts: list[Packed] = []
-        room = units - 1
-        while room:
-            kind = min(delivered, key=lambda name: delivered[name])
-            document = text_document(rng) if kind == "text" else interleaved_document(rng)
-            part, _ = take(patch_document(document, VOCABULARY, strategy), 0, room)
-            delivered[kind] += len(part.tokens) / (2 if kind == "text" else 1)
-            parts.append(part)
-            room -= len(part.lengths)
-        content.append(concatenate(parts))
-    return make_batch(content, VOCABULARY, config.plan(), step=seed)
 
 
 # --- correctness ----------------------------------------------------------------------------------
@@ -114,14 +56,13 @@ def check(device: torch.device) -> dict[str, float]:
         local_window=64,
     )
     errors: dict[str, float] = {}
-    rng = np.random.default_rng(0)
-    documents = [interleaved_document(rng), text_document(rng), interleaved_document(rng)]
+    content = documents(MIX, PAPER, 2000, seed=0)
     for architecture in ("lst", "token"):
         chosen = replace(config, architecture=architecture)
         strategy: Strategy = Static(size=4) if architecture == "lst" else NoPatching()
-        batch = pack_documents(documents, VOCABULARY, strategy, chosen.plan())
+        batch = pack_documents(content, PAPER.vocabulary, strategy, chosen.plan())
         torch.manual_seed(0)
-        model = build_model(chosen, VOCABULARY).double()
+        model = build_model(chosen, PAPER.vocabulary).double()
         with lst_kernels.backend("reference"):
             expected = model(batch)
             expected.sum().backward()
@@ -165,7 +106,7 @@ def _steps(name: str, device: torch.device, rows: int, steps: int) -> dict[str, 
     preset = PRESETS[name]
     torch.manual_seed(0)
     with device:
-        model = build_model(preset.model, VOCABULARY)
+        model = build_model(preset.model, PAPER.vocabulary)
     optimizer = build_optimizer(model, preset.optimizer)
     batches = [random_batch(preset.model, rows, UNITS_PER_ROW, seed) for seed in range(4)]
     torch.cuda.reset_peak_memory_stats(device)
