@@ -1,11 +1,12 @@
-# make test   everything a change must pass        make train   the demonstration run
+# make test          everything a change must pass      make train   the demonstration run
+# make test-matrix   the suite beside other versions    make wheel   dist/: a wheel and the sources
 PYTHON ?= python3
 
 BIN := .venv/bin
 STAMP := .venv/setup-done
 NATIVE := $(wildcard lst_kernels/native/src/*)
 
-.PHONY: setup test lint corpus train bench clean
+.PHONY: setup test test-matrix lint wheel corpus train bench clean
 
 setup: $(STAMP)
 
@@ -22,6 +23,14 @@ lint: setup
 
 test: lint
 	$(BIN)/pytest
+
+# One fresh environment each, with downloads; EXTREMES="bare no-triton" runs some of them alone.
+test-matrix: setup
+	$(BIN)/python tests/matrix.py $(EXTREMES)
+
+wheel: setup
+	rm -rf dist
+	$(BIN)/python -m build
 
 corpus: setup
 	$(BIN)/python -m lst.prepare demo

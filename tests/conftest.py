@@ -1,9 +1,16 @@
 """What tests of several parts share."""
 
-from collections.abc import Iterator
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -18,6 +25,7 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A demo corpus of three minutes of speech and 40,000 text tokens. Read it, don't write."""
+    pytest.importorskip("espeakng_loader", reason="lst[speech] is not installed")
     from lst.prepare.demo import DemoConfig, prepare_demo
 
     return prepare_demo(
@@ -31,3 +39,69 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
             workers=1,
         )
     )
+
+
+# --- packages, as they are built and installed ----------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def run() -> Callable[..., str]:
+    """run(*command, cwd=None, **variables) → what it prints, with its errors. It must succeed."""
+
+    def run(*command: str | Path, cwd: Path | None = None, **variables: str) -> str:
+        done = subprocess.run(
+            command,
+            cwd=cwd,
+            env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", **variables},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stdout
+        return done.stdout
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sources without anything built."""
+    copy = tmp_path_factory.mktemp("tree")
+    built = shutil.ignore_patterns("*.so", "*.dylib", "*.dll", "__pycache__")
+    for package in ("lst", "lst_kernels"):
+        shutil.copytree(ROOT / package, copy / package, ignore=built)
+    for name in ("CMakeLists.txt", "LICENSE", "MANIFEST.in", "README.md"):
+        shutil.copy(ROOT / name, copy)
+    for name in ("pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / name, copy)
+    return copy
+
+
+@pytest.fixture(scope="session")
+def wheel(run: Callable[..., str], tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel in a folder ``dist``, built from the source distribution, so found complete."""
+    pytest.importorskip("build")
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        pytest.skip("there is no C++ compiler")
+    out = tmp_path_factory.mktemp("packages") / "dist"
+    log = run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, tree)
+    assert "were not built" not in log, log
+    (built,) = out.glob("*.whl")
+    return built
+
+
+@pytest.fixture
+def clean_shell(run: Callable[..., str], tmp_path: Path) -> dict[str, str]:
+    """The variables of a shell in which a virtual environment without lst is active.
+
+    What lst depends on is found in the environment of the tests, so nothing is downloaded.
+    """
+    run(sys.executable, "-m", "venv", tmp_path / "venv")
+    return {
+        "PATH": f"{tmp_path / 'venv' / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        # As a path, so without the .pth file that would lead to the checkout.
+        "PYTHONPATH": sysconfig.get_path("purelib"),
+        "PIP_NO_INDEX": "1",
+    }

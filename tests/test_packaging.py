@@ -1,85 +1,24 @@
 """The wheel holds the native library, serves every CPython, and can do without the library.
 
 Everything is built from a copy of the tree, with the build tools of the development environment.
+What is installed goes into environments of its own, which find the packages that lst depends on in
+the development environment and nothing of the checkout, so no test needs a network.
 """
 
-import os
+import ast
+import importlib.metadata
 import re
 import shutil
-import subprocess
 import sys
+import tomllib
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = re.compile(r"lst_kernels/native/liblst_kernels\.(so|dylib|dll)")
-NO_COMPILER = str(Path(os.sep, "no", "such", "compiler"))
-
-SUM_OF_TWO_PATCHES = """
-import warnings
-import torch
-from lst_kernels import PatchLayout, native, patch_pool
-
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    for _ in range(2):
-        out = patch_pool(torch.ones(3, 1), PatchLayout.from_lengths([1, 2], [2]), "sum")
-print(native.__file__, native.unavailable_reason(), out.flatten().tolist(), sep="\\n")
-print(*(warning.message for warning in caught), sep="\\n", end="")
-"""
-
-
-def run(*command: str | Path, **environment: str) -> str:
-    done = subprocess.run(
-        command,
-        env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", **environment},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
-
-
-def run_installed(folder: Path) -> list[str]:
-    """What SUM_OF_TWO_PATCHES prints when it finds the packages in this folder."""
-    return run(sys.executable, "-P", "-c", SUM_OF_TWO_PATCHES, PYTHONPATH=str(folder)).splitlines()
-
-
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The sources without anything built."""
-    copy = tmp_path_factory.mktemp("tree")
-    built = shutil.ignore_patterns("*.so", "*.dylib", "*.dll", "__pycache__")
-    for package in ("lst", "lst_kernels"):
-        shutil.copytree(ROOT / package, copy / package, ignore=built)
-    for name in ("CMakeLists.txt", "LICENSE", "MANIFEST.in", "README.md"):
-        shutil.copy(ROOT / name, copy)
-    for name in ("pyproject.toml", "setup.py"):
-        shutil.copy(ROOT / name, copy)
-    return copy
-
-
-@pytest.fixture(scope="module")
-def wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel built from the source distribution, which so is found complete."""
-    out = tmp_path_factory.mktemp("dist")
-    run(
-        *(sys.executable, "-c"),
-        "import os, sys; from setuptools import build_meta; os.chdir(sys.argv[1]);"
-        "build_meta.build_sdist(sys.argv[2])",
-        *(tree, out),
-    )
-    (source,) = out.glob("lst-*.tar.gz")
-    pip_wheel = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation")
-    log = run(*pip_wheel, "--verbose", "--wheel-dir", out, source)
-    assert "were not built" not in log, log
-    (built,) = out.glob("*.whl")
-    return built
 
 
 def test_one_wheel_serves_every_cpython(wheel: Path):
@@ -96,35 +35,109 @@ def test_the_wheel_holds_the_library_and_no_sources(wheel: Path):
     assert not [name for name in names if name.startswith("tests")]
 
 
-def test_the_library_of_the_wheel_runs(wheel: Path, tmp_path: Path):
-    zipfile.ZipFile(wheel).extractall(tmp_path)
-    where, reason, sums, *warnings = run_installed(tmp_path)
-    assert Path(where).is_relative_to(tmp_path)
-    assert (reason, sums, warnings) == ("None", "[1.0, 2.0]", [])
+@pytest.mark.parametrize("version", ["3.11", "3.12", "3.13", "3.14"])
+def test_pip_takes_the_wheel_on(version, run, wheel, tmp_path):
+    options = ("--python-version", version, "--only-binary", ":all:", "--target", tmp_path)
+    run(sys.executable, "-m", "pip", "install", "--no-deps", *options, wheel)
+    assert (tmp_path / "lst_kernels" / "native").is_dir()
+
+
+def test_the_wheel_installed_in_a_clean_environment_computes(run, wheel, clean_shell):
+    run("bash", "-c", "pip install dist/*.whl", cwd=wheel.parents[1], **clean_shell)
+    line = run("bash", "-c", f"python -P '{ROOT}/tests/installed.py' --native", **clean_shell)
+    assert line.endswith("native\n")
+
+
+def test_every_line_of_the_blt_page_runs_on_the_wheel(run, wheel, clean_shell, tmp_path):
+    """As a user would: type the console lines, with the page's code in the file they name."""
+    pytest.importorskip("transformers.models.blt")
+    page = (ROOT / "docs" / "blt.md").read_text()
+    (console,) = re.findall(r"^```console\n(.*?)^```$", page, re.M | re.S)
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
+    (name,) = re.findall(r"(\w+\.py)$", console, re.M)
+    (tmp_path / "dist").symlink_to(wheel.parent)
+    (tmp_path / name).write_text(code)
+    lines = [line.removeprefix("$ ") for line in console.splitlines() if line.startswith("$ ")]
+    assert any(line.startswith("pip install dist/*.whl") for line in lines)
+    out = run("bash", "-euc", "\n".join(lines), cwd=tmp_path, **clean_shell)
+    shown = [line for line in console.splitlines() if not line.startswith("$ ")]
+    assert shown
+    assert out.splitlines()[-len(shown) :] == shown
 
 
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf reads the library's symbols")
-def test_the_library_links_neither_python_nor_torch(wheel: Path, tmp_path: Path):
+def test_the_library_links_neither_python_nor_torch(run, wheel, tmp_path):
     archive = zipfile.ZipFile(wheel)
     (name,) = filter(LIBRARY.fullmatch, archive.namelist())
     library = archive.extract(name, tmp_path)
     needed = re.findall(r"NEEDED.*\[(.+)\]", run("readelf", "--dynamic", library))
+    expected = r"(libc|libm|libpthread|libstdc\+\+|libgcc_s|ld-linux-[\w-]+)\.so\.\d"
     assert needed
-    assert not [name for name in needed if re.search("python|torch|c10|gomp", name)]
+    assert [name for name in needed if not re.fullmatch(expected, name)] == []
     symbols = run("readelf", "--dyn-syms", "--wide", library).split()
     assert "lst_abi_version" in symbols
     assert not [symbol for symbol in symbols if re.match("_?Py|_ZN?K?[0-9]*(torch|c10|at)", symbol)]
 
 
-def test_an_install_without_a_compiler_runs_the_reference(tree: Path, tmp_path: Path):
-    target = tmp_path / "site"
-    pip_install = (sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation")
-    log = run(*pip_install, "--verbose", "--target", target, tree, CXX=NO_COMPILER)
+def test_an_install_without_a_compiler_runs_the_reference(run, tree, clean_shell, tmp_path):
+    pytest.importorskip("setuptools", minversion="77")
+    without = {**clean_shell, "CXX": str(tmp_path / "no" / "compiler")}
+    log = run("bash", "-c", "pip install -v --no-build-isolation .", cwd=tree, **without)
     assert log.count("the native CPU kernels were not built") == 1
-    assert not list(target.glob("lst_kernels/native/liblst_kernels*"))
-    where, reason, sums, *warnings = run_installed(target)
-    assert Path(where).is_relative_to(target)
-    assert "the native library was not built" in reason
-    assert sums == "[1.0, 2.0]"
-    assert len(warnings) == 1
-    assert "the native library was not built" in warnings[0]
+    line = run("bash", "-c", f"python -P '{ROOT}/tests/installed.py'", **clean_shell)
+    assert line.endswith("no native library\n")
+
+
+# --- what is imported is declared ---------------------------------------------------------------
+
+# Modules that nothing imports before it is asked for what they do.
+BEHIND_AN_EXTRA = ("lst_kernels/triton/", "lst_kernels/aot.py", "lst/prepare/pipeline.py")
+
+
+def imports(tree: ast.Module, *, of_module: bool) -> Iterator[str]:
+    """The packages that a module imports when it is imported, or inside its functions."""
+    outside = set()
+    nodes = [tree]
+    while nodes:
+        for child in ast.iter_child_nodes(nodes.pop()):
+            if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+                outside.add(child)
+                nodes.append(child)
+    for node in ast.walk(tree):
+        if (node in outside) != of_module:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (name.name.split(".")[0] for name in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.split(".")[0]
+
+
+def declared(requirements: list[str]) -> set[str]:
+    """The names to import of these requirements."""
+    names = {re.split(r"[^\w-]", line)[0].replace("-", "_").lower() for line in requirements}
+    for package, distributions in importlib.metadata.packages_distributions().items():
+        if names & {name.replace("-", "_").lower() for name in distributions}:
+            names.add(package)
+    return names
+
+
+def test_every_import_is_of_a_declared_dependency():
+    """A module may import at its top only what is required: an extra waits for its function."""
+    pytest.importorskip("sklearn", reason="only what is installed tells its names")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    required = declared(project["dependencies"]) | {"lst", "lst_kernels"} | sys.stdlib_module_names
+    users = [line for extra in extras if extra not in ("dev", "bench") for line in extras[extra]]
+    optional = required | declared(users) | {"triton"}  # torch's wheels for CUDA bring Triton
+    undeclared = []
+    for path in sorted(p for name in ("lst", "lst_kernels") for p in (ROOT / name).rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        place = str(path.relative_to(ROOT))
+        allowed = optional if place.startswith(BEHIND_AN_EXTRA) else required
+        undeclared += [
+            (place, name) for name in imports(tree, of_module=True) if name not in allowed
+        ]
+        undeclared += [
+            (place, name) for name in imports(tree, of_module=False) if name not in optional
+        ]
+    assert undeclared == []
