@@ -16,6 +16,7 @@ What the kernels do not cover runs transformers' own code, call by call: a key/v
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -34,6 +35,10 @@ from lst_kernels.pooling import patch_pool
 from lst_kernels.ranges import KeyRanges, causal_ranges
 
 __all__ = ["Applied", "apply_lst_kernels_to_blt"]
+
+# Of transformers: those that tests/kernels/test_blt.py passed on. What is asked of a BLT is checked
+# by its functions, so a newer version works for as long as they stay.
+VERSIONS = "5.2 to 5.23"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +59,13 @@ class Applied:
         self._holders = holders
 
     def undo(self) -> None:
-        """Run transformers' own code again; a second call does nothing."""
+        """Run transformers' own code again.
+
+        Raises:
+            RuntimeError: that was done already.
+        """
+        if not self._holders:
+            raise RuntimeError("these kernels are not in place: they were undone already")
         while self._holders:
             delattr(self._holders.pop(), SWITCHES)
             _diverted.leave()
@@ -63,7 +74,8 @@ class Applied:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.undo()
+        if self._holders:  # the block may have undone it
+            self.undo()
 
 
 def apply_lst_kernels_to_blt(
@@ -92,14 +104,11 @@ def apply_lst_kernels_to_blt(
         A handle that undoes it; also a context manager.
 
     Raises:
-        ImportError: transformers is not installed, or has no BLT.
+        ImportError: transformers is not installed, or its version has no BLT, or another one.
         ValueError: ``model`` holds no BLT, or has the kernels already; ``local_window`` below 1, or
             given without ``self_attention``.
     """
-    try:
-        from transformers.models.blt import modeling_blt as blt
-    except ImportError as error:
-        raise ImportError(f"expected transformers with its BLT: {error}") from None
+    blt = _import_blt()
     if local_window is not None and local_window < 1:
         raise ValueError(f"local_window must be at least 1, or None; got {local_window}")
     if local_window is not None and not self_attention:
@@ -124,6 +133,34 @@ def apply_lst_kernels_to_blt(
     return Applied(holders)
 
 
+def _import_blt() -> Any:
+    """transformers' module of BLT, if it is one that the functions below can stand in for."""
+    try:
+        import transformers
+    except ImportError:
+        raise ImportError("transformers is not installed: pip install transformers") from None
+    version = f"expected transformers of {VERSIONS}; got {transformers.__version__}"
+    try:
+        from transformers.models.blt import modeling_blt as blt
+    except ImportError as error:
+        raise ImportError(f"{version}, which has no BLT: {error}") from None
+    try:
+        stand_ins = _stand_ins(blt)
+    except AttributeError as error:
+        raise ImportError(f"{version}: {error}") from None
+    for owner, name, ours in stand_ins:
+        theirs = vars(owner).get(name)
+        if theirs is None:
+            raise ImportError(f"{version}, whose BLT has no {name} in {owner.__name__}")
+        _, *wanted = inspect.signature(ours).parameters.values()
+        given = list(inspect.signature(theirs).parameters)
+        in_order = [each.name for each in wanted if each.kind is each.POSITIONAL_OR_KEYWORD]
+        by_name = [each.name for each in wanted if each.kind is each.KEYWORD_ONLY]
+        if in_order != given[: len(in_order)] or not set(by_name) <= set(given):
+            raise ImportError(f"{version}, where {name} takes {', '.join(given)}")
+    return blt
+
+
 # --- which model is meant -------------------------------------------------------------------------
 
 # transformers makes its masks in functions of the module, which cannot tell for which model. So its
@@ -135,6 +172,22 @@ _OFF = Switches(
     cross_attention=False, self_attention=False, pooling=False, patch_ids=False, local_window=None
 )
 _active: ContextVar[Switches] = ContextVar("lst_kernels.blt", default=_OFF)
+
+
+def _stand_ins(blt: Any) -> list[tuple[Any, str, Callable[..., Any]]]:
+    """What is diverted: whose function, its name, and the one of ours in its place."""
+    masks = ["create_causal_mask"]
+    if hasattr(blt, "create_sliding_window_causal_mask"):  # older versions have no window
+        masks.append("create_sliding_window_causal_mask")
+    return [
+        (blt.BltModel, "forward", _forward),
+        (blt.BltModel, "_patch_ids_from_lengths", _patch_ids),
+        (blt.BltLocalEncoder, "patch_reduce", _patch_reduce),
+        (blt.BltCrossAttention, "forward", _cross_attention),
+        (blt.BltSelfAttention, "forward", _self_attention),
+        (blt, "_prepare_patch_cross_attention_mask", _cross_ranges),
+        *((blt, name, _causal) for name in masks),
+    ]
 
 
 class _Diverted:
@@ -149,20 +202,10 @@ class _Diverted:
         self._carriers += 1
         if self._carriers > 1:
             return
-        for owner, name, ours in (
-            (blt.BltModel, "forward", _forward),
-            (blt.BltModel, "_patch_ids_from_lengths", _patch_ids),
-            (blt.BltLocalEncoder, "patch_reduce", _patch_reduce),
-            (blt.BltCrossAttention, "forward", _cross_attention),
-            (blt.BltSelfAttention, "forward", _self_attention),
-            (blt, "_prepare_patch_cross_attention_mask", _cross_ranges),
-            (blt, "create_causal_mask", _causal),
-            (blt, "create_sliding_window_causal_mask", _causal),
-        ):
-            theirs = vars(owner).get(name)
-            if theirs is not None:  # older versions have no sliding window
-                self._theirs.append((owner, name, theirs))
-                setattr(owner, name, _instead(theirs, ours))
+        for owner, name, ours in _stand_ins(blt):
+            theirs = vars(owner)[name]
+            self._theirs.append((owner, name, theirs))
+            setattr(owner, name, _instead(theirs, ours))
 
     def leave(self) -> None:
         self._carriers -= 1
@@ -296,25 +339,39 @@ class Causal:
     max_length: int  # S
 
 
-def _causal(theirs: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _causal(
+    theirs: Callable[..., Any],
+    *,
+    config: Any,
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | None,
+    past_key_values: Any,
+    **kwargs: Any,
+) -> Any:
     """The causal masks of transformers, with a window where the configuration has one."""
-    switches, padding = _active.get(), kwargs.get("attention_mask")
+    switches = _active.get()
     if (
         not switches.self_attention
-        or kwargs.get("past_key_values") is not None
-        or (padding is not None and not bool(padding.all()))
+        or past_key_values is not None
+        or (attention_mask is not None and not bool(attention_mask.all()))
     ):
-        return theirs(*args, **kwargs)
-    config, x = kwargs["config"], kwargs["inputs_embeds"]
+        return theirs(
+            config=config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
     window = getattr(config, "sliding_window", None)
     if config.model_type == "blt_local_encoder" and switches.local_window is not None:
         window = switches.local_window
-    num_rows, length = x.shape[:2]
+    num_rows, length = inputs_embeds.shape[:2]
     cu = torch.arange(num_rows + 1, dtype=torch.int32) * length
     ranges = causal_ranges(
         cu, num_rows=num_rows * length, window=window, max_length=length, num_live=num_rows * length
     )
-    return Causal(cu=cu.to(x.device), ranges=ranges.to(x.device), window=window, max_length=length)
+    device = inputs_embeds.device
+    return Causal(cu=cu.to(device), ranges=ranges.to(device), window=window, max_length=length)
 
 
 def _self_attention(

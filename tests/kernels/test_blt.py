@@ -3,6 +3,8 @@
 The models are small and random; what they compute without the kernels is the oracle.
 """
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -181,7 +183,6 @@ def test_undoing_puts_everything_back():
     applied = apply_lst_kernels_to_blt(model)
     assert not any(now is then for now, then in zip(code(), before, strict=True))
     applied.undo()
-    applied.undo()
     assert all(now is then for now, then in zip(code(), before, strict=True))
     for name, value in differentiate(model).items():
         assert torch.equal(value, expected[name])
@@ -245,8 +246,64 @@ def test_bad_input_is_told(options, message):
 
 def test_applying_twice_is_told():
     model = make_model()
-    with (
-        apply_lst_kernels_to_blt(model),
-        pytest.raises(ValueError, match="has these kernels already"),
+    for target in (model, None):
+        with (
+            apply_lst_kernels_to_blt(target),
+            pytest.raises(ValueError, match="has these kernels already; undo them first"),
+        ):
+            apply_lst_kernels_to_blt(target)
+
+
+def test_undoing_what_is_not_applied_is_told():
+    model = make_model()
+    with apply_lst_kernels_to_blt(model) as applied:
+        applied.undo()
+        with pytest.raises(RuntimeError, match="not in place: they were undone already"):
+            applied.undo()
+    with pytest.raises(RuntimeError, match="not in place: they were undone already"):
+        applied.undo()
+    expected = differentiate(model)
+    with apply_lst_kernels_to_blt(model):  # nothing was left behind
+        assert_same(differentiate(model), expected)
+
+
+def test_a_transformers_without_blt_is_told(monkeypatch):
+    monkeypatch.setattr("transformers.__version__", "4.40.0")
+    monkeypatch.setitem(sys.modules, "transformers.models.blt", None)
+    with pytest.raises(ImportError, match=r"expected transformers of 5.* got 4.40.0, .* no BLT"):
+        apply_lst_kernels_to_blt()
+
+
+def test_no_transformers_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match="not installed: pip install transformers"):
+        apply_lst_kernels_to_blt()
+
+
+def test_a_transformers_with_another_blt_is_told_and_left_alone(monkeypatch):
+    """As 4.57 was: other arguments of attention. Or as one to come may be: a function less."""
+
+    def forward(self, hidden_states, cross_attention_states=None, past_key_values=None):
+        raise AssertionError("never called")
+
+    def masks(config, input_embeds, attention_mask, past_key_values):
+        raise AssertionError("never called")
+
+    model, untouched = make_model(), modeling_blt.BltModel.forward
+    monkeypatch.setattr("transformers.__version__", "4.57.0")
+    for owner, name, theirs, message in (
+        (modeling_blt.BltCrossAttention, "forward", forward, "forward takes self, hidden_states"),
+        (modeling_blt, "create_causal_mask", masks, "create_causal_mask takes config, input_emb"),
+        (modeling_blt.BltLocalEncoder, "patch_reduce", None, "no patch_reduce in BltLocalEncoder"),
+        (modeling_blt, "BltLocalEncoder", None, "no attribute 'BltLocalEncoder'"),
     ):
-        apply_lst_kernels_to_blt(model)
+        with monkeypatch.context() as patch:
+            if theirs is None:
+                patch.delattr(owner, name)
+            else:
+                patch.setattr(owner, name, theirs)
+            with pytest.raises(ImportError, match=rf"got 4\.57\.0.*{message}"):
+                apply_lst_kernels_to_blt(model)
+        assert modeling_blt.BltModel.forward is untouched
+    with apply_lst_kernels_to_blt(model):
+        differentiate(model)
