@@ -4,7 +4,6 @@ import pickle
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
 
 from lst.errors import UserError
@@ -23,6 +22,7 @@ LINES = ["Once upon a time, there was a girl named Lily."] * 20 + ["The cat sat 
 
 def library_tokenizer():
     """Byte-level BPE of the tokenizers library, with every setting that could lose or add text."""
+    tokenizers = pytest.importorskip("tokenizers")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()

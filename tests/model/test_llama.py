@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
 
 from lst.data.batch import pack_documents
@@ -27,6 +26,8 @@ from lst.train.config import TrainConfig
 from lst.train.loop import train
 from lst.train.parallel import fill_weights
 from lst.vocabulary import EOS, Tokenizer, Vocabulary
+
+tokenizers = pytest.importorskip("tokenizers")
 
 NUM_UNITS = 20
 TEXT = "a story of the small red fox who went over hills and came back to his den"

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import soundfile
 
 from lst.data.records import Dataset
 from lst.prepare.corpus import CorpusConfig, prepare_corpus
@@ -29,6 +28,7 @@ class Sentence:
 
 @pytest.fixture(scope="session")
 def sentences() -> list[Sentence]:
+    pytest.importorskip("espeakng_loader")
     return [
         Sentence(text, synthesize(text, TRAINING_VOICES[index % 2]))
         for index, text in enumerate(SENTENCES)
@@ -52,6 +52,8 @@ def spoken_folder(sentences, tmp_path) -> Path:
 
 
 def write_folder(folder, sentences):
+    import soundfile
+
     for index, sentence in enumerate(sentences):
         path = folder / f"book{index % 2}" / f"{index}.flac"
         path.parent.mkdir(parents=True, exist_ok=True)

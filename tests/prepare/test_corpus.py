@@ -12,7 +12,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import soundfile
 
 from lst.data.records import Dataset
 from lst.errors import UserError
@@ -21,6 +20,8 @@ from lst.prepare.corpus import CorpusConfig, describe_corpus, plan_corpus, prepa
 from lst.prepare.executors import ExecutorConfig, make_executor
 from lst.prepare.sources import Utterance
 from lst.prepare.speech import Studio
+
+soundfile = pytest.importorskip("soundfile")
 
 ROOT_COMMAND = [sys.executable, "-m", "lst.prepare", "corpus"]
 

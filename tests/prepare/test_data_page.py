@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 
 from lst.data.loader import DataConfig
 from lst.data.records import Dataset
 from lst.prepare import __main__ as commands
 from lst.speech.synthesis import SAMPLE_RATE, TRAINING_VOICES, synthesize
 from lst.train.corpus import open_corpus
+
+soundfile = pytest.importorskip("soundfile")
 
 PAGE = Path(__file__).parents[2] / "docs" / "data.md"
 

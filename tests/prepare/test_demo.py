@@ -22,6 +22,8 @@ from lst.speech.synthesis import HELD_OUT_VOICE, TRAINING_VOICES
 from lst.speech.units import LogMelKMeans
 from lst.vocabulary import Tokenizer
 
+pytest.importorskip("espeakng_loader")
+
 PARTS = ("train/text", "train/speech", "valid/text", "valid/speech", "valid/voice")
 
 

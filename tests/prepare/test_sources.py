@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,6 +23,8 @@ from lst.prepare.text import lines_of, text_records, where_of
 from lst.speech.audio import AudioError
 from lst.speech.synthesis import SAMPLE_RATE
 from lst.speech.units import LogMelKMeans
+
+soundfile = pytest.importorskip("soundfile")
 
 lhotse = pytest.importorskip("lhotse")
 

@@ -207,6 +207,7 @@ def test_wrong_endings_of_another_topic_fit_the_pronouns(held_out, questions):
 @pytest.mark.parametrize("task", TASKS)
 def test_a_classifier_that_reads_only_endings_is_at_chance(task, questions):
     """Bags of words and bigrams, logistic regression, blocks split into training and test."""
+    pytest.importorskip("sklearn")
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.linear_model import LogisticRegression
 
@@ -243,6 +244,8 @@ def counter(training: list[Story]) -> Callable[[StoryQuestion], int]:
     pointwise mutual information, counted over the training stories: no order and no learning.
     """
     import numpy as np
+
+    pytest.importorskip("sklearn")
     from sklearn.feature_extraction.text import CountVectorizer
 
     cues, effects = (

@@ -4,11 +4,12 @@ import re
 
 import numpy as np
 import pytest
-import soundfile
 
 from lst.errors import UserError
 from lst.prepare.units import CodebookConfig, fit_codebook
 from lst.speech.units import LogMelKMeans
+
+soundfile = pytest.importorskip("soundfile")
 
 
 def test_a_codebook_of_all_audio_is_that_of_its_waveforms(spoken_folder, tmp_path):

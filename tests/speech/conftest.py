@@ -37,6 +37,7 @@ def convolutions(rate: int) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def save_hubert():
     """Write a HuBERT model of random weights into a folder."""
+    pytest.importorskip("transformers")
     from transformers import HubertConfig, HubertModel
 
     def save(folder: Path, *, rate: int = 25, **settings: Any) -> Path:
@@ -50,6 +51,7 @@ def save_hubert():
 @pytest.fixture(scope="session")
 def save_ctc():
     """Write a Wav2Vec2 model with a CTC head, and its tokenizer's files, into a folder."""
+    pytest.importorskip("transformers")
     from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
 
     def save(folder: Path, *, characters: str = CHARACTERS, **settings: Any) -> Path:

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lst.speech.audio import AudioError, AudioReader, read_audio, resample
+
+soundfile = pytest.importorskip("soundfile")
 
 RATES = (8_000, 11_025, 16_000, 22_050, 44_100, 48_000)
 

@@ -214,13 +214,13 @@ def test_fitted_units_are_saved_and_opened_as_they_are(tmp_path: Path, save_hube
 
 
 def fitted() -> Any:
-    from sklearn.cluster import KMeans
+    KMeans = pytest.importorskip("sklearn.cluster").KMeans
 
     return KMeans(5, n_init=1, random_state=0).fit(np.random.default_rng(0).normal(size=(50, 32)))
 
 
 def test_every_kind_of_k_means_file_gives_the_same_centroids(tmp_path: Path) -> None:
-    import joblib
+    joblib = pytest.importorskip("joblib")
 
     kmeans = fitted()
     expected = kmeans.cluster_centers_.astype(np.float32)
@@ -245,7 +245,7 @@ class Explosive:
 
 
 def test_code_in_a_k_means_file_runs_only_where_that_is_asked_for(tmp_path: Path) -> None:
-    import joblib
+    joblib = pytest.importorskip("joblib")
 
     trace = tmp_path / "trace"
     for name in ("kmeans.joblib", "kmeans.pkl", "kmeans"):

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import soundfile
 
 from lst.data.records import Dataset
 from lst.errors import UserError
@@ -10,6 +9,8 @@ from lst.prepare.corpus import CorpusConfig, prepare_corpus
 from lst.prepare.units import CodebookConfig, fit_codebook
 from lst.speech.alignment import CTCAligner
 from lst.speech.hubert import HubertKMeans
+
+soundfile = pytest.importorskip("soundfile")
 
 TEXTS = {"a": "the cat sat", "b": "on a mat", "c": "1984", "d": "far too long a text for it " * 9}
 

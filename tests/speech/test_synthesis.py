@@ -18,6 +18,8 @@ from lst.speech.synthesis import (
     synthesize,
 )
 
+pytest.importorskip("espeakng_loader")
+
 VOICES = (*TRAINING_VOICES, HELD_OUT_VOICE)
 
 # Pairs that espeak's dictionary would read as one word, figures that it reads as several.

@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from threadpoolctl import threadpool_limits
 
 from lst.errors import UserError
 from lst.prepare.stories import generate_stories
@@ -18,6 +17,8 @@ from lst.speech.inversion import invert_units
 from lst.speech.synthesis import HELD_OUT_VOICE, TRAINING_VOICES, Speech, Timed, synthesize
 from lst.speech.units import FRAME_SAMPLES, LogMelKMeans, log_mels, word_frames
 from lst.vocabulary import fingerprint
+
+threadpool_limits = pytest.importorskip("threadpoolctl").threadpool_limits
 
 NUM_UNITS = 120
 
