@@ -270,7 +270,7 @@ def test_undoing_what_is_not_applied_is_told():
 def test_a_transformers_without_blt_is_told(monkeypatch):
     monkeypatch.setattr("transformers.__version__", "4.40.0")
     monkeypatch.setitem(sys.modules, "transformers.models.blt", None)
-    with pytest.raises(ImportError, match=r"expected transformers of 5.* got 4.40.0, .* no BLT"):
+    with pytest.raises(ImportError, match=r"with the BLT of 5.* got 4.40.0, .* no BLT"):
         apply_lst_kernels_to_blt()
 
 
