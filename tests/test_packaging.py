@@ -141,3 +141,11 @@ def test_every_import_is_of_a_declared_dependency():
             (place, name) for name in imports(tree, of_module=False) if name not in optional
         ]
     assert undeclared == []
+
+
+def test_the_page_on_installing_names_every_extra():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    page = (ROOT / "docs" / "install.md").read_text()
+    table = page.split("## What the extras bring")[1].split("##")[0]
+    named = re.findall(r"^\| `(\w+)` \|", table, re.M)
+    assert set(named) == project["optional-dependencies"].keys() - {"dev", "bench", "docs"}
