@@ -1,28 +1,35 @@
 """One table of ratios at the end of a run, whatever the number of files.
 
-``--results DIR`` also writes the table to ``DIR/kernels-<processor>-<date>.json``, with machine,
-versions and commit.
+``--results DIR`` also writes each file's rows to ``DIR/<question>-<device>-<date>.json``, with
+machine, versions, commit and, where shares of them are told, the machine's limits:
+``python -m benchmarks.report`` makes docs/performance.md of them. ``--compare BASE`` runs the
+benchmarks of this tree and of another revision side by side (`benchmarks.compare`).
 """
 
 import json
 import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import pytest
+import torch
 
+from benchmarks.limits import Limits, measure_limits
 from lst.machine import describe_machine, file_stem
 
 HEADER = ("case", "ours", "peer", "peer's", "ratio", "at least", "")
+
+AddRow = Callable[..., "Row"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One comparison: how many times less ours takes than the peer."""
 
+    question: str  # of the file that asks it
     case: str
     peer: str
     ours: str
@@ -30,6 +37,7 @@ class Row:
     ratio: float
     floor: float | None  # the least ratio that passes; None where the ratio is only reported
     note: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)  # numbers for the report
 
     @property
     def passed(self) -> bool:
@@ -44,58 +52,73 @@ class Row:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--results", type=Path, help="folder of the result file")
+    parser.addoption("--results", type=Path, help="folder of the result files")
 
 
 _rows = pytest.StashKey[list[Row]]()
+_limits = pytest.StashKey[Limits]()
 
 
 @pytest.fixture
-def table(request: pytest.FixtureRequest) -> list[Row]:
-    """Rows added here are printed when the run ends."""
-    return request.config.stash.setdefault(_rows, [])
+def add_row(request: pytest.FixtureRequest) -> AddRow:
+    """Rows added by it are printed when the run ends."""
+    rows = request.config.stash.setdefault(_rows, [])
+    question = request.module.__name__.rsplit(".", 1)[-1]
+    question = question.removeprefix("test_").removesuffix("_cpu")
+
+    def add(**values: Any) -> Row:
+        row = Row(question=question, **values)
+        rows.append(row)
+        return row
+
+    return add
+
+
+@pytest.fixture(scope="session")
+def limits(request: pytest.FixtureRequest) -> Limits:
+    """What this machine copies and multiplies at best, measured once in this run."""
+    found = measure_limits()
+    request.config.stash[_limits] = found
+    return found
 
 
 @pytest.fixture
-def report_memory(table: list[Row]) -> Callable[[str, float], None]:
+def report_memory(add_row: AddRow) -> Callable[[str, float], None]:
     """Add a row for a peak of memory, given as a multiple of inputs and outputs."""
 
     def report(case: str, share: float) -> None:
-        table.append(
-            Row(
-                case=f"{case}: peak memory",
-                peer="2 x inputs and outputs",
-                ours=f"{share:.2f} x",
-                theirs="2.00 x",
-                ratio=2 / share,
-                floor=1.0,
-            )
+        add_row(
+            case=f"{case}: peak memory",
+            peer="2 x inputs and outputs",
+            ours=f"{share:.2f} x",
+            theirs="2.00 x",
+            ratio=2 / share,
+            floor=1.0,
         )
 
     return report
 
 
 @pytest.fixture
-def compare_memory(table: list[Row]) -> Callable[..., None]:
+def compare_memory(add_row: AddRow) -> Callable[..., None]:
     """Add a row for the peak of memory of ours and of a peer, in bytes."""
 
-    def report(case: str, ours: float, peer: str, theirs: float) -> None:
-        table.append(
-            Row(
-                case=f"{case}: peak memory",
-                peer=peer,
-                ours=f"{ours / 1e6:,.0f} MB",
-                theirs=f"{theirs / 1e6:,.0f} MB",
-                ratio=theirs / ours,
-                floor=None,
-            )
+    def report(case: str, ours: float, peer: str, theirs: float, **facts: Any) -> None:
+        add_row(
+            case=f"{case}: peak memory",
+            peer=peer,
+            ours=f"{ours / 1e6:,.0f} MB",
+            theirs=f"{theirs / 1e6:,.0f} MB",
+            ratio=theirs / ours,
+            floor=None,
+            facts={"bytes": ours, "peer_bytes": theirs, **facts},
         )
 
     return report
 
 
 @pytest.fixture
-def outrun(benchmark, table: list[Row]) -> Callable[..., None]:
+def outrun(benchmark, add_row: AddRow) -> Callable[..., None]:
     """Time ours, and assert how many times faster it is than the sound that it works on."""
 
     def run(case: str, ours: Callable[[], object], *, seconds: float, floor: float) -> None:
@@ -103,22 +126,22 @@ def outrun(benchmark, table: list[Row]) -> Callable[..., None]:
         if benchmark.stats is None:  # --benchmark-disable: it ran once, and was not timed
             return
         best = benchmark.stats.stats.min
-        row = Row(
+        row = add_row(
             case=case,
             peer="real time",
             ours=_milliseconds(best),
             theirs=_milliseconds(seconds),
             ratio=seconds / best,
             floor=floor,
+            facts={"seconds": best, "peer_seconds": seconds},
         )
-        table.append(row)
         assert row.passed, f"{case}: {row.ratio:.0f} < {floor:g} times real time"
 
     return run
 
 
 @pytest.fixture
-def keep_pace(benchmark, table: list[Row]) -> Callable[..., None]:
+def keep_pace(benchmark, add_row: AddRow) -> Callable[..., None]:
     """Time ours round by round, and assert the median of how many tokens a second it makes."""
 
     def run(case: str, ours: Callable[[], int], *, rounds: int, floor: float | None) -> None:
@@ -130,7 +153,7 @@ def keep_pace(benchmark, table: list[Row]) -> Callable[..., None]:
         times = benchmark.stats.stats.data
         rates = [made / taken for made, taken in zip(tokens[-len(times) :], times, strict=True)]
         rate = statistics.median(rates)
-        row = Row(
+        row = add_row(
             case=case,
             peer="1,000,000 tokens/s",
             ours=_milliseconds(statistics.median(times)),
@@ -138,16 +161,51 @@ def keep_pace(benchmark, table: list[Row]) -> Callable[..., None]:
             ratio=rate / 1e6,
             floor=None if floor is None else floor / 1e6,
             note=f"{rate:,.0f} tokens/s, {min(rates):,.0f} to {max(rates):,.0f}",
+            facts={"tokens_per_second": rate},
         )
         benchmark.extra_info["tokens_per_second"] = rate
-        table.append(row)
         assert row.passed, f"{case}: {rate:,.0f} < {floor:,.0f} tokens/s"
 
     return run
 
 
 @pytest.fixture
-def race(benchmark, table: list[Row]) -> Callable[..., None]:
+def take_turns(benchmark) -> Callable[..., dict[str, list[float]]]:
+    """Time several calls in turn, in one process; the first of them is what the plugin lists."""
+
+    def run(
+        calls: Mapping[str, Callable[[], object]], rounds: int, slow_rounds: int | None = None
+    ) -> dict[str, list[float]]:
+        """Seconds of every round of every call; no round where nothing is to be timed.
+
+        Args:
+            calls: each does the whole work once.
+            rounds: how often each is timed. Before it is timed each runs once untimed, so that none
+                pays for what another left in the caches and the allocator.
+            slow_rounds: for all but the first, where they take seconds: timed so often only, and
+                always cold.
+        """
+        (first, ours), *others = calls.items()
+        times: dict[str, list[float]] = {name: [] for name in calls}
+
+        def run_others() -> None:
+            for name, other in others:
+                if slow_rounds is None:
+                    other()
+                if slow_rounds is None or len(times[name]) < slow_rounds:
+                    times[name].append(_seconds(other))
+            ours()
+
+        benchmark.pedantic(ours, setup=run_others, rounds=rounds)
+        if benchmark.stats is None:  # --benchmark-disable: everything ran once
+            return {name: [] for name in calls}
+        return times | {first: list(benchmark.stats.stats.data)}
+
+    return run
+
+
+@pytest.fixture
+def race(benchmark, add_row: AddRow, take_turns, request) -> Callable[..., None]:
     """Time ours and its peers in turn, in one process, and assert the ratios of the minima."""
 
     def run(
@@ -158,7 +216,9 @@ def race(benchmark, table: list[Row]) -> Callable[..., None]:
         floors: Mapping[str, float],
         rounds: int = 10,
         slow_rounds: int | None = None,
-        work: tuple[float, str] | None = None,
+        flops: float | None = None,
+        nbytes: float | None = None,
+        facts: Mapping[str, Any] | None = None,
     ) -> None:
         """Race them.
 
@@ -166,28 +226,27 @@ def race(benchmark, table: list[Row]) -> Callable[..., None]:
             case: what is raced, for the table.
             ours, peers: each does the whole work once.
             floors: the least ratio against a peer; those of other peers are only reported.
-            rounds: how often each is timed. Before it is timed each runs once untimed, so that none
-                pays for what another left in the caches and the allocator.
-            slow_rounds: for peers that take seconds: timed so often only, and always cold.
-            work: what ours does, and its unit per second, for the table.
+            rounds, slow_rounds: as of `take_turns`; slow are the peers.
+            flops, nbytes: what ours computes, and reads and writes at least, for its share of the
+                machine's limits.
+            facts: more numbers for the report.
         """
-        times: dict[str, list[float]] = {name: [] for name in peers}
-
-        def run_peers() -> None:
-            for name, peer in peers.items():
-                if slow_rounds is None:
-                    peer()
-                if slow_rounds is None or len(times[name]) < slow_rounds:
-                    times[name].append(_seconds(peer))
-            ours()
-
-        benchmark.pedantic(ours, setup=run_peers, rounds=rounds)
-        if benchmark.stats is None:  # --benchmark-disable: everything ran once, nothing was timed
+        known: dict[str, Any] = dict(facts or {})
+        limits = request.getfixturevalue("limits") if flops or nbytes else None
+        times = take_turns({"ours": ours, **peers}, rounds, slow_rounds)
+        if not times["ours"]:
             return
-        best = benchmark.stats.stats.min
-        note = "" if work is None else f"{work[0] / best:.0f} {work[1]}"
+        best = min(times.pop("ours"))
+        note = ""
+        if limits is not None:
+            known |= {"flops": flops, "bytes": nbytes}
+            known["floor_seconds"] = limits.floor(flops or 0, nbytes or 0)
+            rate = (
+                f"{flops / best / 1e9:.0f} GFLOP/s" if flops else f"{nbytes / best / 1e9:.1f} GB/s"
+            )
+            note = f"{rate}, {known['floor_seconds'] / best:.0%} of the limit"
         rows = [
-            Row(
+            add_row(
                 case=case,
                 peer=name,
                 ours=_milliseconds(best),
@@ -195,11 +254,11 @@ def race(benchmark, table: list[Row]) -> Callable[..., None]:
                 ratio=min(taken) / best,
                 floor=floors.get(name),
                 note=note,
+                facts={"seconds": best, "peer_seconds": min(taken), **known},
             )
             for name, taken in times.items()
         ]
         benchmark.extra_info["ratios"] = {row.peer: row.ratio for row in rows}
-        table.extend(rows)
         low = [
             f"{row.ratio:.2f} < {row.floor:g} against {row.peer}" for row in rows if not row.passed
         ]
@@ -216,7 +275,8 @@ def pytest_terminal_summary(
         return
     lines = [HEADER, *(row.cells() for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    about = describe_machine()
+    on_gpu = any("device" in row.facts for row in rows)
+    about = describe_machine(torch.device("cuda") if on_gpu else None)
     terminalreporter.section("ratios")
     terminalreporter.write_line(_machine(about))
     for line in lines:
@@ -227,10 +287,15 @@ def pytest_terminal_summary(
         terminalreporter.write_line("  ".join(cells).rstrip())
     if folder := config.getoption("--results"):
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"kernels-{file_stem(about)}.json"
-        result = {"machine": about, "rows": [asdict(row) | {"passed": row.passed} for row in rows]}
-        path.write_text(json.dumps(result, indent=2) + "\n")
-        terminalreporter.write_line(f"written to {path}")
+        limits = config.stash.get(_limits, None)
+        for question in dict.fromkeys(row.question for row in rows):
+            own = [asdict(row) | {"passed": row.passed} for row in rows if row.question == question]
+            result: dict[str, Any] = {"machine": about, "question": question, "rows": own}
+            if limits is not None:
+                result["limits"] = asdict(limits)
+            path = folder / f"{question}-{file_stem(about)}.json"
+            path.write_text(json.dumps(result, indent=2) + "\n")
+            terminalreporter.write_line(f"written to {path}")
 
 
 def _seconds(call: Callable[[], object]) -> float:
@@ -245,7 +310,5 @@ def _milliseconds(seconds: float) -> str:
 
 def _machine(about: dict[str, Any]) -> str:
     """What the figures are of: the processor, how busy it was, the versions and the commit."""
-    return (
-        f"{about['device']}, {about['threads']} threads, load {about['load']:.1f}, "
-        f"torch {about['torch']}, commit {about['commit']}"
-    )
+    busy = f"{about['threads']} threads, load {about['load']:.1f}, " if "load" in about else ""
+    return f"{about['device']}, {busy}torch {about['torch']}, commit {about['commit']}"

@@ -105,6 +105,7 @@ def test_training_against_transformers(race, length: int):
         floors=FLOORS[length],
         rounds=3,
         slow_rounds=2 if length > 4096 else None,
+        facts={"length": length},
     )
 
 
@@ -164,5 +165,6 @@ def test_memory_grows_with_the_length_and_not_its_square(benchmark, compare_memo
     for attention in ("eager", "sdpa"):
         theirs = peaks(attention)
         for length in LENGTHS:
-            compare_memory(f"BLT, {length:,} bytes", ours[length], attention, theirs[length])
+            case = f"BLT, {length:,} bytes"
+            compare_memory(case, ours[length], attention, theirs[length], length=length)
     assert ours[8192] < 1.2 * 2 * ours[4096]

@@ -63,6 +63,13 @@ def inputs(ranges: KeyRanges) -> tuple[list[Tensor], Tensor]:
     return [q, k, v], grad
 
 
+def forward_bytes(ranges: KeyRanges) -> int:
+    """q, k, v, the ends of the ranges, out and its log-sum-exp, each once; a backward pass reads
+    all of them again, reads the gradient of out and writes those of q, k and v."""
+    rows = 2 * (ranges.num_queries + ranges.num_keys) * HEAD_DIM + ranges.num_queries
+    return 4 * HEADS * rows + 4 * 2 * ranges.num_queries
+
+
 def heads_first(x: Tensor) -> Tensor:
     """(rows, H, D) → (1, H, rows, D), the layout that torch's attention is fastest in."""
     return x.transpose(0, 1).contiguous()[None]
@@ -105,7 +112,8 @@ def test_training_against_dense_mask_sdpa(race, pattern: str, floor: float):
         {"dense-mask SDPA": dense},
         floors={"dense-mask SDPA": floor},
         slow_rounds=2,
-        work=(14e-9 * ranges.num_pairs * HEADS * HEAD_DIM, "GFLOP/s"),
+        flops=14 * ranges.num_pairs * HEADS * HEAD_DIM,
+        nbytes=forward_bytes(ranges) * 2 + grad.nbytes + sum(x.nbytes for x in qkv),
     )
 
 
@@ -145,7 +153,8 @@ def test_forward_against_compiled_flex_attention(race, pattern: str, floor: floa
             ours,
             {"compiled flex_attention": flex},
             floors={"compiled flex_attention": floor},
-            work=(4e-9 * ranges.num_pairs * HEADS * HEAD_DIM, "GFLOP/s"),
+            flops=4 * ranges.num_pairs * HEADS * HEAD_DIM,
+            nbytes=forward_bytes(ranges),
         )
 
 
@@ -249,7 +258,7 @@ def test_pooling_against_torch(race, reduce: str):
         peers,
         floors=floors,
         rounds=20,
-        work=(traffic * 1e-9, "GB/s"),
+        nbytes=traffic,
     )
 
 
@@ -280,7 +289,7 @@ def test_expanding_onto_a_residual_against_torch(race):
         {"x + z[ids]": theirs},
         floors={},
         rounds=20,
-        work=((2 * z.nbytes + 3 * x.nbytes) * 1e-9, "GB/s"),
+        nbytes=2 * z.nbytes + 3 * x.nbytes,
     )
 
 
