@@ -239,11 +239,11 @@ def race(benchmark, add_row: AddRow, take_turns, request) -> Callable[..., None]
         best = min(times.pop("ours"))
         note = ""
         if limits is not None:
-            known |= {"flops": flops, "bytes": nbytes}
-            known["floor_seconds"] = limits.floor(flops or 0, nbytes or 0)
-            rate = (
-                f"{flops / best / 1e9:.0f} GFLOP/s" if flops else f"{nbytes / best / 1e9:.1f} GB/s"
-            )
+            work = (flops or 0, nbytes or 0)
+            known |= {"flops": flops, "bytes": nbytes, "floor_seconds": limits.floor(*work)}
+            rate = f"{work[1] / best / 1e9:.1f} GB/s"
+            if limits.bound(*work) == "FLOPs":
+                rate = f"{work[0] / best / 1e9:.0f} GFLOP/s"
             note = f"{rate}, {known['floor_seconds'] / best:.0%} of the limit"
         rows = [
             add_row(

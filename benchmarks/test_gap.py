@@ -49,7 +49,7 @@ OUTSIDE = {"clipping", "optimizer"}  # of the model
 # What would bring a kind of work nearer to its floor, or the floor down.
 REMEDIES = {
     "products": "larger streams; bfloat16 or float8 where the hardware multiplies them faster",
-    "attention": "larger tiles for short ranges; bfloat16",
+    "attention": "tiles that lose less on short ranges; bfloat16",
     "other": "fusing what lies between products: torch.compile of each block, Liger's kernels",
     "optimizer": "more micro-batches to a step; lower precision of its moments",
     "clipping": "one pass over the gradients together with the optimizer",

@@ -258,6 +258,7 @@ def test_pooling_against_torch(race, reduce: str):
         peers,
         floors=floors,
         rounds=20,
+        flops=2 * x.numel(),  # a comparison or an addition, and one of the gradient
         nbytes=traffic,
     )
 
@@ -289,6 +290,7 @@ def test_expanding_onto_a_residual_against_torch(race):
         {"x + z[ids]": theirs},
         floors={},
         rounds=20,
+        flops=2 * x.numel(),  # an addition onto the residual, one of gradients
         nbytes=2 * z.nbytes + 3 * x.nbytes,
     )
 

@@ -1,0 +1,495 @@
+"""Result files to docs/performance.md and its plots. Nothing stands there that no file says.
+
+    python -m benchmarks.report [--results benchmarks/results] [--out docs/performance.md]
+
+Of each question and device the newest file counts. The same files give the same bytes. The plots
+are written to the folder beside the page that is named as it is; what is drawn is drawn per device:
+
+    roofline      FLOP/s of our kernels over FLOPs a byte, under the limits measured in the same run
+    throughput    tokens a second over the share of speech, a line for every size of patches
+    length        seconds over the length of a sequence, ours and its peers
+"""
+
+import argparse
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lst.errors import UserError, run_command
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """A result file."""
+
+    path: Path
+    question: str
+    content: dict[str, Any]
+
+    @property
+    def machine(self) -> dict[str, Any]:
+        return self.content["machine"]
+
+    @property
+    def rows(self) -> list[Row]:
+        return self.content.get("rows", [])
+
+    def source(self) -> str:
+        """What every figure must name."""
+        about = self.machine
+        threads = f", {about['threads']} threads" if "threads" in about else ""
+        load = f", load {about['load']:.1f}" if "load" in about else ""
+        return (
+            f"{about['device']}{threads}{load}, torch {about['torch']}, "
+            f"Python {about['python']}, commit {about['commit']}, {about['date']}"
+        )
+
+    def device_stem(self) -> str:
+        return re.sub(r"[^a-z0-9]+", "-", self.machine["device"].lower().replace("(r)", "")).strip(
+            "-"
+        )
+
+    def facts(self, *names: str) -> list[Row]:
+        """Rows that have these facts, each case's first alone."""
+        found: dict[str, Row] = {}
+        for row in self.rows:
+            if all(row.get("facts", {}).get(name) is not None for name in names):
+                found.setdefault(row["case"], row)
+        return list(found.values())
+
+
+def read_results(folder: Path) -> list[Result]:
+    """The newest file of every question and device, in order of questions.
+
+    Raises:
+        UserError: there is none, or one is not a result file.
+    """
+    newest: dict[tuple[str, str], Result] = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            content = json.loads(path.read_text())
+            about = content["machine"]
+            key = [about[name] for name in ("device", "torch", "python", "commit", "date")]
+        except (ValueError, KeyError, TypeError) as error:
+            got = f"{type(error).__name__}: {error}"
+            raise UserError(f"{path}: expected a result file of benchmarks/, got {got}") from None
+        result = Result(path=path, question=_question(path, content), content=content)
+        before = newest.get((result.question, key[0]))
+        if before is None or before.machine["date"] <= about["date"]:
+            newest[result.question, key[0]] = result
+    if not newest:
+        raise UserError(f"{folder}: expected result files (*.json), got none")
+    order = list(SECTIONS)
+    return sorted(
+        newest.values(),
+        key=lambda each: (
+            order.index(each.question) if each.question in order else len(order),
+            each.question,
+            each.path.name,
+        ),
+    )
+
+
+def _question(path: Path, content: dict[str, Any]) -> str:
+    if "question" in content:
+        return content["question"]
+    if "figures" in content and "targets" in content:
+        return "gpu"
+    named = [name for name in SECTIONS if path.name.startswith(f"{name}-")]
+    return named[0] if named else path.name.split("-")[0]
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+PREAMBLE = """# Performance
+
+Made by `python -m benchmarks.report` from the [result files]({results}); not written by hand.
+`pytest benchmarks/ --benchmark-only --results benchmarks/results` measures what needs no GPU,
+`python -m benchmarks.gpu --out benchmarks/results` the kernels on one, and
+`pytest benchmarks/test_model.py -m gpu --benchmark-only --results benchmarks/results` the models.
+A time is the least of its rounds, where nothing else is said; a ratio is how many times less ours
+takes than its peer, measured in turn with it in one process.
+"""
+
+
+def render(results: Sequence[Result], out: Path, pictures: Sequence[Path]) -> str:
+    """The page; links are relative to its folder."""
+    folder = os.path.relpath(results[0].path.parent, out.parent)
+    blocks = [PREAMBLE.format(results=Path(folder).as_posix())]
+    for question in dict.fromkeys(result.question for result in results):
+        own = [result for result in results if result.question == question]
+        title, body = SECTIONS.get(question, (question.capitalize(), generic_section))
+        blocks.append(f"## {title}\n")
+        for result in own:
+            link = Path(os.path.relpath(result.path, out.parent)).as_posix()
+            blocks.append(f"*{result.source()}* ([file]({link}))\n")
+            blocks.extend(f"{block}\n" for block in body(result))
+            for picture in pictures:
+                kind = picture.stem.removesuffix(f"-{result.device_stem()}")
+                if PICTURES.get(kind, ("", ""))[0] == question and kind != picture.stem:
+                    where = Path(os.path.relpath(picture, out.parent)).as_posix()
+                    blocks.append(f"![{PICTURES[kind][1]}]({where})\n")
+    return "\n".join(blocks)
+
+
+def markdown(header: Sequence[str], lines: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A table whose first ``left`` columns, and the last if its head is empty, are of words."""
+    rules = ["---" if at < left else "---:" for at in range(len(header))]
+    if not header[-1]:
+        rules[-1] = "---"
+    cells = [header, rules, *lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
+
+
+def generic_section(result: Result) -> Iterator[str]:
+    """The rows as they are."""
+    if "limits" in result.content:
+        yield _limits(result)
+    lines = []
+    for row in result.rows:
+        floor = "" if row["floor"] is None else f"{row['floor']:.3g}"
+        missed = "" if row.get("passed", True) else "**too low** "
+        lines.append(
+            (
+                row["case"], row["peer"], row["ours"], row["theirs"], f"{row['ratio']:.2f}",
+                floor, (missed + row.get("note", "")).strip(),
+            )
+        )  # fmt: skip
+    if lines:
+        yield markdown(("case", "peer", "ours", "peer's", "ratio", "at least", ""), lines, left=2)
+
+
+def _limits(result: Result) -> str:
+    limits = result.content["limits"]
+    return (
+        f"Limits measured in the same run: {limits['bytes_per_second'] / 1e9:.1f} GB/s in a large "
+        f"copy (read + written), {limits['flops_per_second'] / 1e9:.0f} GFLOP/s in a float32 "
+        "matrix product. What is still in the caches can be faster than a large copy."
+    )
+
+
+def model_section(result: Result) -> Iterator[str]:
+    """Costs beside the baseline, rates, memory."""
+    rows = [row for row in result.facts("model", "what") if not row["facts"].get("sweep")]
+    header = (
+        "documents", "model", "FLOPs", "time", "at most", "ms", "tokens/s", "units/s",
+        "hours of speech/s",
+    )  # fmt: skip
+    groups = (
+        (
+            "train",
+            "content",
+            "Forward + backward at the same content, beside the token-level model",
+        ),
+        ("forward", "content", "Forward alone at the same content"),
+        ("train", "units", "Forward + backward at the same number of units; costs are per token"),
+    )
+    for what, same, told in groups:
+        lines = []
+        for row in rows:
+            facts = row["facts"]
+            if (facts["what"], facts["same"]) != (what, same):
+                continue
+            ceiling = "" if row["floor"] is None else f"{1 / row['floor']:.2f}"
+            if not row["passed"]:
+                ceiling = f"**{ceiling} missed**"
+            lines.append(
+                (
+                    facts["content"], facts["model"], f"× {facts['flops_ratio']:.3f}",
+                    f"× {facts['time_ratio']:.3f}", ceiling, f"{facts['seconds'] * 1e3:,.0f}",
+                    f"{facts['tokens_per_second']:,.0f}", f"{facts['units_per_second']:,.0f}",
+                    f"{facts['hours_per_second']:.4f}",
+                )
+            )  # fmt: skip
+        if lines:
+            yield f"**{told}**"
+            yield markdown(header, lines, left=2)
+    memory = [row for row in result.facts("bytes", "peer_bytes") if "model" in row["facts"]]
+    if memory:
+        yield "**Peak memory that a training pass adds to the weights**"
+        yield markdown(
+            ("documents", "model", "MB", "beside the token-level model"),
+            (
+                (
+                    row["facts"]["content"], row["facts"]["model"],
+                    f"{row['facts']['bytes'] / 1e6:,.0f}",
+                    f"× {row['facts']['bytes'] / row['facts']['peer_bytes']:.2f}",
+                )
+                for row in memory
+            ),
+            left=2,
+        )  # fmt: skip
+
+
+def gap_section(result: Result) -> Iterator[str]:
+    """The table that adds up: every part's time, its floor, and what would close the gap."""
+    if "limits" in result.content:
+        yield _limits(result)
+    rows = result.facts("part", "kind", "step_seconds")
+    lines = []
+    total = floors = 0.0
+    for row in rows:
+        facts = row["facts"]
+        total += facts["seconds"]
+        floors += facts["floor_seconds"]
+        lines.append(
+            (
+                facts["part"].replace("_", " "), facts["kind"],
+                f"{facts['seconds'] * 1e3:.1f}", f"{facts['seconds'] / facts['step_seconds']:.1%}",
+                f"{facts['floor_seconds'] * 1e3:.1f}",
+                facts["bound"] if facts["floor_seconds"] else "", _times(facts),
+                facts["remedy"],
+            )
+        )  # fmt: skip
+    if rows:
+        lines.append(
+            (
+                "**sum**", "", f"{total * 1e3:.1f}",
+                f"{total / rows[0]['facts']['step_seconds']:.1%}", f"{floors * 1e3:.1f}", "",
+                f"{total / floors:.2f}" if floors else "", "",
+            )
+        )  # fmt: skip
+        step = rows[0]["facts"]["step_seconds"]
+        yield (
+            f"A training step of {rows[0]['facts']['tokens']:,} tokens of the reduced model takes "
+            f"{step * 1e3:.0f} ms. Time over floor is 1 where nothing is lost."
+        )
+        header = ("part", "kind", "ms", "share", "floor, ms", "by", "time over floor", "")
+        yield markdown(header, lines, left=2)
+
+
+def _times(facts: Row) -> str:
+    floor = facts["floor_seconds"]
+    return f"{facts['seconds'] / floor:.2f}" if floor else ""
+
+
+def steps_section(result: Result) -> Iterator[str]:
+    """Training steps of presets on a GPU."""
+    lines = [
+        (
+            step["preset"], f"{step['rows']} × {step['units_per_row']:,}",
+            f"{step['seconds_per_step']['median'] * 1e3:,.0f}", f"{step['units_per_second']:,.0f}",
+            f"{step['tokens_per_second']:,.0f}", f"{step['peak_memory_bytes'] / 2**30:.1f}",
+        )
+        for step in result.content.get("steps", [])
+    ]  # fmt: skip
+    if lines:
+        yield markdown(
+            ("preset", "rows × units", "median ms", "units/s", "tokens/s", "peak GiB"), lines
+        )
+
+
+def gpu_section(result: Result) -> Iterator[str]:
+    """Targets of the kernels on a GPU, each with the worst of its cases."""
+    lines = []
+    targets = result.content["targets"]
+    for name in dict.fromkeys(each["target"] for each in targets):
+        own = [each for each in targets if each["target"] == name]
+        worst = min(
+            own,
+            key=lambda each: (
+                each["got"] / each["at_least"]
+                if "at_least" in each
+                else each["at_most"] / each["got"]
+            ),
+        )
+        bound = f"≥ {worst['at_least']:g}" if "at_least" in worst else f"≤ {worst['at_most']:g}"
+        met = "met" if worst["met"] else "**not met**"
+        lines.append((name, worst["case"], bound, f"{worst['got']:.3g}", met))
+    yield "Of each target the worst of its cases:"
+    yield markdown(("target", "case", "bound", "got", ""), lines, left=2)
+    wrong = [each for each in result.content["checks"] if each["outcome"] != "passed"]
+    yield f"{len(result.content['checks']) - len(wrong)} checks passed, {len(wrong)} did not."
+
+
+def elsewhere(page: str) -> Callable[[Result], Iterator[str]]:
+    def section(result: Result) -> Iterator[str]:
+        yield f"Told in {page}."
+
+    return section
+
+
+SECTIONS: dict[str, tuple[str, Callable[[Result], Iterator[str]]]] = {
+    "model": ("Whole models: patches beside token by token", model_section),
+    "gap": ("From kernels to the model: where a training step's time goes", gap_section),
+    "kernels": ("Kernels on the CPU", generic_section),
+    "gpu": ("Kernels on a GPU", gpu_section),
+    "train-steps": ("Training steps on a GPU", steps_section),
+    "blt": ("BLT in transformers, with our kernels and without", generic_section),
+    "data": ("Reading: records to batches", generic_section),
+    "speech": ("Forced alignment", generic_section),
+    "startup": ("Starting up", generic_section),
+    "alignment": ("How near alignments come", elsewhere("[data.md](data.md)")),
+    "demo": ("What the demo learns", elsewhere("[the README](../README.md)")),
+}
+PICTURES = {  # name: the section that shows it, what it shows
+    "throughput": ("model", "Tokens a second over the share of speech, by size of patches"),
+    "roofline": ("kernels", "The kernels under the machine's limits"),
+    "length": ("blt", "Seconds over the length of a sequence, ours and its peers"),
+}
+
+
+# --- plots ----------------------------------------------------------------------------------------
+
+
+def draw(results: Sequence[Result], folder: Path) -> list[Path]:
+    """All plots that the results have data for.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("no plots can be drawn: pip install 'lst[plots]'") from None
+    style = {
+        "svg.hashsalt": "lst",  # the same ids in every run
+        "svg.fonttype": "path",
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "legend.frameon": False,
+    }
+    drawn = []
+    with matplotlib.rc_context(style):
+        for result in results:
+            for name, (question, _) in PICTURES.items():
+                if result.question != question:
+                    continue
+                path = folder / f"{name}-{result.device_stem()}.svg"
+                if _DRAWERS[name](result, path):
+                    drawn.append(path)
+    return drawn
+
+
+def _axes(width: float = 7.5) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure  # pyplot's state and backends are not needed
+
+    figure = Figure(figsize=(width, 4.8), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _save(figure: Any, result: Result, path: Path) -> bool:
+    figure.supxlabel(result.source(), fontsize=7, color="#555555")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None, "Creator": None})
+    # matplotlib leaves blanks at the ends of lines
+    path.write_text(re.sub(r"[ \t]+$", "", path.read_text(), flags=re.M))
+    return True
+
+
+COLOURS = ("#1f5fa8", "#d1711b", "#2e8540", "#8b3fa0", "#777777", "#b03030", "#0f8a8a", "#a08000")
+MARKERS = "osD^vP*X"
+
+
+def draw_roofline(result: Result, path: Path) -> bool:
+    rows = result.facts("flops", "bytes", "seconds")
+    if not rows or "limits" not in result.content:
+        return False
+    limits = result.content["limits"]
+    bandwidth, rate = limits["bytes_per_second"], limits["flops_per_second"]
+    figure, axes = _axes(9.5)
+    every = [row["facts"] for row in rows]
+    points = [(each["flops"] / each["bytes"], each["flops"] / each["seconds"]) for each in every]
+    ends = [min(x for x, _ in points) / 2, max(*(x for x, _ in points), rate / bandwidth) * 2]
+    corner = rate / bandwidth
+    roof = [ends[0], corner, ends[1]]
+    axes.plot(roof, [min(rate, bandwidth * x) / 1e9 for x in roof], color="#222222", linewidth=1.5)
+    axes.annotate(
+        f"copy {bandwidth / 1e9:.1f} GB/s", (ends[0], bandwidth * ends[0] / 1e9),
+        xytext=(4, 10), textcoords="offset points", fontsize=8, va="bottom",
+    )  # fmt: skip
+    axes.annotate(
+        f"product {rate / 1e9:.0f} GFLOP/s", (ends[1], rate / 1e9),
+        xytext=(0, 4), textcoords="offset points", fontsize=8, ha="right",
+    )  # fmt: skip
+    for number, ((x, y), row) in enumerate(zip(points, rows, strict=True)):
+        forward = row["case"].endswith(": forward")
+        axes.plot(
+            x, y / 1e9, linestyle="none", marker=MARKERS[number % len(MARKERS)], markersize=7,
+            markerfacecolor="white" if forward else COLOURS[number % len(COLOURS)],
+            color=COLOURS[number % len(COLOURS)], label=row["case"],
+        )  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="GFLOP/s")
+    figure.legend(loc="outside right upper", fontsize=7)
+    return _save(figure, result, path)
+
+
+def draw_throughput(result: Result, path: Path) -> bool:
+    rows = result.facts("sweep", "speech_share", "patch_size", "tokens_per_second")
+    if not rows:
+        return False
+    figure, axes = _axes()
+    sizes = sorted({row["facts"]["patch_size"] for row in rows})
+    for number, size in enumerate(sizes):
+        line = sorted(
+            (row["facts"]["speech_share"], row["facts"]["tokens_per_second"])
+            for row in rows
+            if row["facts"]["patch_size"] == size
+        )
+        axes.plot(
+            [100 * share for share, _ in line], [rate for _, rate in line],
+            marker=MARKERS[number], color=COLOURS[number],
+            label="token-level" if size == 1 else f"static patches of {size}, text global",
+        )  # fmt: skip
+    axes.set(xlabel="share of speech in the tokens, %", ylabel="tokens/s, forward + backward")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    return _save(figure, result, path)
+
+
+def draw_length(result: Result, path: Path) -> bool:
+    rows = [
+        row
+        for row in result.rows
+        if {"length", "seconds", "peer_seconds"} <= row.get("facts", {}).keys()
+    ]
+    if not rows:
+        return False
+    lines: dict[str, dict[int, float]] = {}
+    for row in rows:
+        facts = row["facts"]
+        lines.setdefault("ours", {})[facts["length"]] = facts["seconds"]
+        lines.setdefault(row["peer"], {})[facts["length"]] = facts["peer_seconds"]
+    figure, axes = _axes()
+    for number, (name, line) in enumerate(lines.items()):
+        axes.plot(
+            list(line), list(line.values()), marker=MARKERS[number], color=COLOURS[number],
+            label="with lst_kernels" if name == "ours" else f"transformers, {name}",
+        )  # fmt: skip
+    lengths = sorted(lines["ours"])
+    axes.set(xscale="log", yscale="log", xlabel="bytes in a sequence", ylabel="seconds")
+    axes.set_xticks(lengths, labels=[f"{length:,}" for length in lengths])
+    axes.minorticks_off()
+    axes.legend()
+    return _save(figure, result, path)
+
+
+_DRAWERS = {"roofline": draw_roofline, "throughput": draw_throughput, "length": draw_length}
+
+
+# --- python -m benchmarks.report ------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--out", type=Path, default=Path("docs/performance.md"))
+    options = parser.parse_args()
+    results = read_results(options.results)
+    folder = options.out.with_suffix("")
+    pictures = draw(results, folder)
+    for stale in set(folder.glob("*.svg")) - set(pictures):
+        stale.unlink()
+    options.out.write_text(render(results, options.out, pictures))
+    print(f"written to {options.out}, {len(pictures)} plots in {folder}")
+
+
+if __name__ == "__main__":
+    run_command(main)
