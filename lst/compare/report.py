@@ -17,7 +17,6 @@ from typing import Any
 
 from lst.compare.arms import ARMS
 from lst.compare.study import Budget, Result, Study, run_folder
-from lst.errors import UserError
 from lst.train.run_folder import write_atomically, writing
 
 TASKS = {"hellaswag": "HellaSwag", "storycloze": "StoryCloze", "topicstorycloze": "TopicStoryCloze"}
@@ -164,7 +163,14 @@ def at_chance(runs: Runs) -> list[str]:
     return found
 
 
-def page(study: Study, runs: Runs, missing: Sequence[str], about: Mapping[str, Any]) -> str:
+def page(
+    study: Study,
+    runs: Runs,
+    missing: Sequence[str],
+    about: Mapping[str, Any],
+    *,
+    curves: bool,
+) -> str:
     """The page of text: what was run, what came out, and what that does and does not show."""
     parts = [f"# {study.name}: a controlled comparison", study.claim]
     if missing:
@@ -183,8 +189,9 @@ def page(study: Study, runs: Runs, missing: Sequence[str], about: Mapping[str, A
                 format_table(runs[budget]),
                 "Loss on the validation sets, mean over seeds:",
                 format_losses(runs[budget]),
-                f"![learning curves, {budget}-controlled](curves-{budget}.png)",
             ]
+            if curves:
+                parts.append(f"![learning curves, {budget}-controlled](curves-{budget}.png)")
     parts.append("## What was and was not shown")
     flat = at_chance(runs)
     if flat:
@@ -216,12 +223,16 @@ _LOSSES = (("valid/text", "bits_text"), ("valid/speech", "bits_per_second"))
 _AXES = {"steps": "step", "tokens (M)": "tokens", "training TFLOPs": "flops"}
 
 
-def draw_curves(runs: Mapping[str, Sequence[Result]], out: Path, path: Path) -> None:
-    """Validation loss of each arm's first seed against steps, tokens and FLOPs."""
+def draw_curves(runs: Mapping[str, Sequence[Result]], out: Path, path: Path) -> bool:
+    """Validation loss of each arm's first seed against steps, tokens and FLOPs.
+
+    False where matplotlib is missing: a report that took hours shall not lack its tables for it.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError("no curves can be drawn: pip install 'lst[plots]'") from None
+        print(f"no {path.name} is drawn: pip install 'lst[plots]'", flush=True)
+        return False
     figure = Figure(figsize=(13, 7), layout="constrained")
     grid = figure.subplots(2, 3, sharey="row")
     for color, (name, results) in enumerate(runs.items()):
@@ -238,6 +249,7 @@ def draw_curves(runs: Mapping[str, Sequence[Result]], out: Path, path: Path) -> 
     figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     with writing(path):
         figure.savefig(path, format="png", dpi=110)
+    return True
 
 
 def curve(folder: Path, split: str) -> list[dict[str, Any]]:
@@ -264,9 +276,11 @@ def write_report(study: Study, runs: Runs, missing: Sequence[str], out: Path, ab
         out.mkdir(parents=True, exist_ok=True)
     values = {"study": study.name, "machine": about, "missing": list(missing), "runs": held}
     write_atomically(out / "results.json", json.dumps(values, indent=1, ensure_ascii=False) + "\n")
-    for budget, arms in runs.items():
-        if arms:
-            draw_curves(arms, out, out / f"curves-{budget}.png")
+    curves = [
+        draw_curves(arms, out, out / f"curves-{budget}.png")
+        for budget, arms in runs.items()
+        if arms
+    ]
     path = out / "report.md"
-    write_atomically(path, page(study, runs, missing, about))
+    write_atomically(path, page(study, runs, missing, about, curves=all(curves)))
     return path

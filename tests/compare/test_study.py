@@ -2,6 +2,7 @@
 difference only what items and seeds bear out."""
 
 import json
+import sys
 from dataclasses import replace
 from math import sqrt
 
@@ -134,6 +135,14 @@ def test_a_finished_study_trains_nothing_more(trained, tmp_path):
     trained[0].clear()
     assert compare(options(tmp_path)).read_text().splitlines()[:-1] == first.splitlines()[:-1]
     assert trained[0] == []
+
+
+def test_without_matplotlib_the_report_has_its_tables(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    page = compare(options(tmp_path)).read_text()
+    assert "| Base SpeechLLM | 1 |" in page
+    assert "![" not in page
+    assert "no curves-data.png is drawn: pip install 'lst[plots]'" in capsys.readouterr().out
 
 
 def test_a_stopped_study_reports_what_it_has_and_goes_on_with_the_run_under_way(trained, tmp_path):

@@ -99,6 +99,7 @@ def test_a_token_level_model_has_no_patches():
 
 
 def test_the_measures_are_their_definitions():
+    pytest.importorskip("sklearn")
     rng = np.random.default_rng(0)
     words = ["a"] * 3 + ["b"] * 4 + ["c"] * 2
     vectors = rng.normal(size=(9, 5)) + 3 * np.array([ord(word) - 96 for word in words])[:, None]
@@ -145,6 +146,8 @@ def test_a_file_of_categories_that_is_none_is_told(content, tmp_path):
 
 
 def test_the_command_measures_and_draws(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
     model, plan = make_model()
     monkeypatch.setattr(module, "load_model", lambda *_: (model, Trained(plan), VOCABULARY, Cut()))
     monkeypatch.setattr(module.Dataset, "open", lambda *_, **__: RECORDS * 3)
