@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.compare import compare, without_option
 from benchmarks.limits import Limits, measure_limits
+from lst.errors import UserError
 from lst.machine import describe_machine, file_stem
 
 HEADER = ("case", "ours", "peer", "peer's", "ratio", "at least", "")
@@ -53,6 +55,18 @@ class Row:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", type=Path, help="folder of the result files")
+    parser.addoption("--compare", metavar="BASE", help="a revision to run side by side with")
+
+
+def pytest_cmdline_main(config: pytest.Config) -> int | None:
+    """With ``--compare``, this process runs no benchmark itself."""
+    revision = config.getoption("--compare")
+    if revision is None:
+        return None
+    try:
+        return compare(revision, without_option(config.invocation_params.args))
+    except UserError as error:
+        raise pytest.UsageError(str(error)) from None
 
 
 _rows = pytest.StashKey[list[Row]]()
