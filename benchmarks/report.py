@@ -394,7 +394,7 @@ def draw_roofline(result: Result, path: Path) -> bool:
         return False
     limits = result.content["limits"]
     bandwidth, rate = limits["bytes_per_second"], limits["flops_per_second"]
-    figure, axes = _axes(9.5)
+    figure, axes = _axes(8.5)
     every = [row["facts"] for row in rows]
     points = [(each["flops"] / each["bytes"], each["flops"] / each["seconds"]) for each in every]
     ends = [min(x for x, _ in points) / 2, max(*(x for x, _ in points), rate / bandwidth) * 2]
@@ -403,21 +403,26 @@ def draw_roofline(result: Result, path: Path) -> bool:
     axes.plot(roof, [min(rate, bandwidth * x) / 1e9 for x in roof], color="#222222", linewidth=1.5)
     axes.annotate(
         f"copy {bandwidth / 1e9:.1f} GB/s", (ends[0], bandwidth * ends[0] / 1e9),
-        xytext=(4, 10), textcoords="offset points", fontsize=8, va="bottom",
+        xytext=(14, 0), textcoords="offset points", fontsize=8, va="center",
     )  # fmt: skip
     axes.annotate(
         f"product {rate / 1e9:.0f} GFLOP/s", (ends[1], rate / 1e9),
         xytext=(0, 4), textcoords="offset points", fontsize=8, ha="right",
     )  # fmt: skip
-    for number, ((x, y), row) in enumerate(zip(points, rows, strict=True)):
-        forward = row["case"].endswith(": forward")
+    kernels: list[str] = []  # each has a colour of its own; forward alone is hollow
+    for (x, y), row in zip(points, rows, strict=True):
+        kernel, _, what = row["case"].rpartition(": ")
+        if kernel not in kernels:
+            kernels.append(kernel)
+        number = kernels.index(kernel)
+        colour = COLOURS[number % len(COLOURS)]
         axes.plot(
             x, y / 1e9, linestyle="none", marker=MARKERS[number % len(MARKERS)], markersize=7,
-            markerfacecolor="white" if forward else COLOURS[number % len(COLOURS)],
-            color=COLOURS[number % len(COLOURS)], label=row["case"],
+            markerfacecolor="white" if what == "forward" else colour, color=colour,
+            label=row["case"],
         )  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="GFLOP/s")
-    figure.legend(loc="outside right upper", fontsize=7)
+    axes.legend(loc="lower right", fontsize=7)
     return _save(figure, result, path)
 
 
@@ -445,6 +450,8 @@ def draw_throughput(result: Result, path: Path) -> bool:
 
 
 def draw_length(result: Result, path: Path) -> bool:
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
+
     rows = [
         row
         for row in result.rows
@@ -466,7 +473,10 @@ def draw_length(result: Result, path: Path) -> bool:
     lengths = sorted(lines["ours"])
     axes.set(xscale="log", yscale="log", xlabel="bytes in a sequence", ylabel="seconds")
     axes.set_xticks(lengths, labels=[f"{length:,}" for length in lengths])
-    axes.minorticks_off()
+    axes.xaxis.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.legend()
     return _save(figure, result, path)
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-IMPORTS = {"lst_kernels": "torch", "lst.train": "torch", "lst.train.__main__": "torch"}
-ROUNDS = 3
+IMPORTS = {"lst_kernels": "torch", "lst.train.__main__": "torch"}  # beside what they import
+ROUNDS = 2
 
 STEPS = """
 import json, sys, time
@@ -59,6 +59,7 @@ def test_import(race, module: str):
         {f"import {other}": lambda: run(f"import {other}")},
         floors={},
         rounds=ROUNDS,
+        slow_rounds=ROUNDS,
     )
 
 
