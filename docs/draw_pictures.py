@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lst_kernels import KeyRanges, PatchLayout, patch_expand, patch_pool
+from lst_kernels import KeyRanges, PatchLayout, patch_expand, patch_pool, segment_scan
 
 FOLDER = Path(__file__).with_name("pictures")
 FONT = "DejaVu Sans, Helvetica, Arial, sans-serif"
@@ -372,6 +372,21 @@ def draw_expand() -> str:
     return canvas.svg()
 
 
+def draw_scan() -> str:
+    canvas = Canvas("segment_scan over the patches of two documents")
+    x, colours, cell = 80, fills(STREAM), 44
+    values = torch.tensor([8.0, 0, 4, 6, 2])
+    draw_strip(canvas, x, 10, "x", [f"{v:g}" for v in values.tolist()], colours, cell=cell)
+    for row, decay in enumerate(([0.5] * 5, [1.0] * 5, [0.0] * 5, [0.5, 0.5, 0.0, 0.5, 0.5])):
+        y = segment_scan(values, torch.tensor(decay), STREAM.cu_documents)
+        labels, top = [f"{v:.3g}" for v in y.tolist()], 48 + 60 * row
+        shown = ["" if p == 0 else f"{d:g}" for d, p in
+                 zip(decay, STREAM.patch_positions.tolist(), strict=True)]  # fmt: skip
+        draw_strip(canvas, x, top, "decay", shown, [EMPTY] * 5, cell=cell)
+        draw_strip(canvas, x, top + 26, "y", labels, colours, cell=cell)
+    return canvas.svg()
+
+
 def draw_select() -> str:
     canvas = Canvas("select_tokens: a sub-stream with the same patches and documents")
     keep = torch.diff(STREAM.cu_patches)[STREAM.patch_ids] > 1
@@ -405,6 +420,7 @@ PICTURES: dict[str, Callable[[], str]] = {
     "causal": draw_causal,
     "pool": draw_pool,
     "expand": draw_expand,
+    "scan": draw_scan,
     "select-tokens": draw_select,
 }
 

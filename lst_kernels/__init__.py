@@ -21,6 +21,7 @@ from lst_kernels.backends import backend, explain
 from lst_kernels.layout import PatchLayout
 from lst_kernels.pooling import patch_expand, patch_pool
 from lst_kernels.ranges import KeyRanges
+from lst_kernels.scan import segment_scan
 
 __all__ = [
     "KeyRanges",
@@ -31,5 +32,6 @@ __all__ = [
     "patch_expand",
     "patch_pool",
     "range_attention",
+    "segment_scan",
     "sliding_window_attention",
 ]

@@ -28,7 +28,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lst_kernels.triton import patch_attention, pooling, tables, tiled_attention
+from lst_kernels.triton import patch_attention, pooling, scan, tables, tiled_attention
 from lst_kernels.triton.launch import Launch
 
 
@@ -56,7 +56,8 @@ TYPES = {
 class Configuration:
     """One way in which a kernel is launched: name of the family and what it depends on."""
 
-    family: str  # forward, backward_q, backward_kv, patch_forward, patch_backward, or of pooling
+    #: forward, backward_q, backward_kv, patch_forward, patch_backward, or of `POOLING` or `SCAN`
+    family: str
     dtype: torch.dtype
     size: int  # D, or F
     heads: tuple[int, int] = (16, 16)
@@ -67,7 +68,7 @@ class Configuration:
         detail = f"D {self.size}, {heads}/{kv_heads} heads"
         if self.family.startswith("patch"):
             detail += f", {self.slots} slots"
-        if self.family.startswith("pool") or self.family.startswith("expand"):
+        if self.family in POOLING or self.family in SCAN:
             detail = f"F {self.size}"
         return f"{self.family:16} {TYPES[self.dtype]} {detail}"
 
@@ -102,9 +103,9 @@ def configurations() -> Iterator[Configuration]:
             yield Configuration(owned, bf16, size, slots=2)
         yield Configuration(owned, bf16, 64, heads=(16, 4), slots=2)
         yield Configuration(owned, fp32, 64, slots=2)
-    for pooled in POOLING:
+    for rowwise in (*POOLING, *SCAN):
         for dtype in (bf16, fp32):
-            yield Configuration(pooled, dtype, 1024)
+            yield Configuration(rowwise, dtype, 1024)
 
 
 def launch(configuration: Configuration, architecture: str) -> Launch:
@@ -113,6 +114,8 @@ def launch(configuration: Configuration, architecture: str) -> Launch:
     heads, kv_heads = configuration.heads
     if family in POOLING:
         return POOLING[family](_empty(1024, size, dtype=dtype))
+    if family in SCAN:
+        return SCAN[family](_empty(1024, size, dtype=dtype))
     num_queries = 1024 * configuration.slots
     q = _empty(num_queries, heads, size, dtype=dtype)
     k = _empty(1024, kv_heads, size, dtype=dtype)
@@ -258,6 +261,23 @@ POOLING = {
     "pool_last_back": lambda x: _pool_backward(x, "last"),
     "expand": lambda x: pooling.expand(x, _START)[0],
     "expand_add": lambda x: pooling.expand(x, _START, x)[0],
+}
+
+
+def _scan(x: Tensor, kernel: int) -> Launch:
+    return scan.scan(x, _empty(1025, dtype=torch.float32))[0][kernel]
+
+
+def _scan_backward(grad: Tensor, kernel: int) -> Launch:
+    return scan.scan_backward(grad, _empty(1025, dtype=torch.float32), grad)[0][kernel]
+
+
+SCAN = {
+    "scan_ends": lambda x: _scan(x, 0),
+    "scan_carries": lambda x: _scan(x, 1),
+    "scan_rows": lambda x: _scan(x, 2),
+    "scan_ends_back": lambda x: _scan_backward(x, 0),
+    "scan_rows_back": lambda x: _scan_backward(x, 2),
 }
 
 

@@ -177,6 +177,42 @@ def patch_expand_backward(grad: Tensor, ids: Tensor, start: Tensor, stop: Tensor
     return total[:-1].to(grad.dtype, copy=True)
 
 
+def segment_scan(x: Tensor, decay: Tensor, cu_segments: Tensor) -> Tensor:
+    """``y[t] = decay[t] · y[t-1] + x[t]`` over the rows of each segment. → (P, F) in x's dtype.
+
+    Args:
+        x: (P, F).
+        decay: (P,), float32 or float64. A decay of 0, and a segment's first row, take x as it is:
+            0 · NaN would not be 0.
+        cu_segments: (N+1,) int32, row offset of each segment.
+    """
+    precise, out = x.to(decay.dtype), torch.empty_like(x)
+    state = precise.new_zeros(x.shape[1])
+    for row, keeps in enumerate(_keeps(decay, cu_segments)):
+        state = torch.addcmul(precise[row], decay[row], state) if keeps else precise[row]
+        out[row] = state
+    return out
+
+
+def segment_scan_backward(
+    grad: Tensor, decay: Tensor, cu_segments: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of the decay, from the gradient (P, F) of y:
+    ``dx[t] = dy[t] + decay[t+1] · dx[t+1]``, ``ddecay[t] = Σ dx[t] · y[t-1]`` over the features."""
+    precise, grad_x = grad.to(decay.dtype), torch.empty_like(grad)
+    grad_decay = torch.zeros_like(decay)
+    first = _is_first(cu_segments, len(grad))
+    keeps = [*_keeps(decay, cu_segments), False]
+    state = precise.new_zeros(grad.shape[1])
+    for row in reversed(range(len(grad))):
+        given = precise[row]
+        state = torch.addcmul(given, decay[row + 1], state) if keeps[row + 1] else given
+        grad_x[row] = state
+        if not first[row]:
+            grad_decay[row] = torch.dot(state, y[row - 1].to(decay.dtype))
+    return grad_x, grad_decay
+
+
 def _blocks(ranges: KeyRanges, num_heads: int) -> Iterator[Block]:
     start, stop = ranges.start.cpu(), ranges.stop.cpu()  # on a device this waits: it is a reference
     last = ranges.num_queries
@@ -222,6 +258,18 @@ def _keys(x: Tensor) -> Tensor:
 def _by_query(x: Tensor, block: Block) -> Tensor:
     """(Hkv, R·G, D) → (R, Hq, D)."""
     return x.unflatten(1, (block.last - block.first, -1)).transpose(0, 1).flatten(1, 2)
+
+
+def _is_first(cu_segments: Tensor, num_rows: int) -> list[bool]:
+    """Of each row, whether a segment starts there. On a device this waits: it is a reference."""
+    starts = set(cu_segments.tolist())
+    return [row in starts for row in range(num_rows)]
+
+
+def _keeps(decay: Tensor, cu_segments: Tensor) -> list[bool]:
+    """Of each row, whether it adds to the state before it."""
+    first = _is_first(cu_segments, len(decay))
+    return [d != 0 and not f for d, f in zip(decay.tolist(), first, strict=True)]
 
 
 def _patch_ids(cu_patches: Tensor, num_tokens: int) -> Tensor:

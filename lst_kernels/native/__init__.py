@@ -25,6 +25,8 @@ __all__ = [
     "patch_pool_backward",
     "range_attention",
     "range_attention_backward",
+    "segment_scan",
+    "segment_scan_backward",
     "set_level",
     "unavailable_reason",
 ]
@@ -34,15 +36,16 @@ Reduce: TypeAlias = Literal["mean", "sum", "max", "min", "first", "last"]
 
 # What follows mirrors the sources: setup.py gives the file its name, interface.cpp its version,
 # levels.h the numbers of the levels, attention.h those of dtypes and families and the structure,
-# patch_pool.cpp those of the reductions.
+# patch_pool.cpp those of the reductions, scan.h the features of a tile.
 LIBRARY = Path(__file__).with_name(
     "liblst_kernels" + {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 )
-ABI_VERSION = 4
+ABI_VERSION = 5
 LEVELS = ("portable", "avx2", "avx512")
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 _FAMILY_CODES = {"auto": 0, "patch-owned": 1, "tiled": 2}
 _REDUCE_CODES = {"mean": 0, "sum": 1, "max": 2, "min": 3, "first": 4, "last": 5}
+_SCAN_FEATURES = 128
 
 
 class _RangeAttention(ctypes.Structure):
@@ -78,6 +81,8 @@ _ARGUMENTS = {
     "lst_patch_pool_backward": [_POINTER] * 4 + [_SIZE] * 3 + [_CODE] * 3,
     "lst_patch_expand_forward": [_POINTER] * 4 + [_SIZE] * 3 + [_CODE] * 2,
     "lst_patch_expand_backward": [_POINTER] * 4 + [_SIZE] * 3 + [_CODE] * 2,
+    "lst_segment_scan_forward": [_POINTER] * 4 + [_SIZE] * 3 + [_CODE] * 2,
+    "lst_segment_scan_backward": [_POINTER] * 7 + [_SIZE] * 3 + [_CODE] * 2,
     "lst_range_attention_forward": [ctypes.POINTER(_RangeAttention)],
     "lst_range_attention_backward": [ctypes.POINTER(_RangeAttention)],
 }
@@ -272,6 +277,56 @@ def patch_expand_backward(grad: Tensor, ids: Tensor, start: Tensor, stop: Tensor
     return grad_z.to(dtype)
 
 
+def segment_scan(x: Tensor, decay: Tensor, cu_segments: Tensor) -> Tensor:
+    """``y[t] = decay[t] · y[t-1] + x[t]`` over the rows of each segment.
+
+    Args:
+        x: (P, F), contiguous, on the CPU: float32, bfloat16, float64, or float16, which is computed
+            as float32. The state is carried as sums are in :func:`patch_pool`.
+        decay: (P,) float32, contiguous; float64 where x is. Nothing is read of a segment's first.
+        cu_segments: (N + 1,) int32, row offset of each segment, from 0 to P.
+
+    Returns:
+        (P, F) in x's dtype.
+
+    Raises:
+        ValueError: an argument is not as above.
+    """
+    dtype, x = x.dtype, _rows("x", x)
+    _check_scan(x, decay, cu_segments)
+    y = torch.empty_like(x)
+    sizes = (x.shape[0], cu_segments.shape[0] - 1, x.shape[1])
+    _call("lst_segment_scan_forward", x, decay, cu_segments, y, *sizes, *_dtype_threads(x))
+    return y.to(dtype)
+
+
+def segment_scan_backward(
+    grad: Tensor, decay: Tensor, cu_segments: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x, in grad's dtype, and of the decay, from the gradient (P, F) of y.
+
+    Args:
+        grad, y: (P, F), as x in the forward pass, which returned y.
+        decay, cu_segments: those of the forward pass.
+
+    Raises:
+        ValueError: an argument is not as above.
+    """
+    dtype, grad, y = grad.dtype, _rows("grad", grad), _rows("y", y)
+    _check_scan(grad, decay, cu_segments)
+    if y.shape != grad.shape or y.dtype != grad.dtype:
+        got = f"{tuple(y.shape)} of {y.dtype}"
+        raise ValueError(f"y: expected {tuple(grad.shape)} of {grad.dtype}, got {got}")
+    num_rows, num_features = grad.shape
+    grad_x, grad_decay = torch.empty_like(grad), torch.empty_like(decay)
+    carried = torch.float32 if grad.dtype == torch.bfloat16 else torch.float64
+    partial = torch.empty(-(-num_features // _SCAN_FEATURES), num_rows, dtype=carried)
+    buffers = (grad, decay, cu_segments, y, grad_x, grad_decay, partial)
+    sizes = (num_rows, cu_segments.shape[0] - 1, num_features)
+    _call("lst_segment_scan_backward", *buffers, *sizes, *_dtype_threads(grad))
+    return grad_x.to(dtype), grad_decay
+
+
 def _computable(x: Tensor) -> Tensor:
     """The tensor in a dtype that the library computes, its last dimension contiguous."""
     x = x.float() if x.dtype == torch.float16 else x
@@ -340,10 +395,17 @@ def _check(name: str, tensor: Tensor, dtype: torch.dtype, num_dimensions: int) -
         raise ValueError(f"{name}: expected {expected}, got strides {tensor.stride()}")
 
 
-def _check_offsets(cu_patches: Tensor) -> None:
-    _check("cu_patches", cu_patches, torch.int32, 1)
-    if cu_patches.numel() == 0:
-        raise ValueError("cu_patches: expected at least the offset 0, got none")
+def _check_offsets(cu: Tensor, name: str = "cu_patches") -> None:
+    _check(name, cu, torch.int32, 1)
+    if cu.numel() == 0:
+        raise ValueError(f"{name}: expected at least the offset 0, got none")
+
+
+def _check_scan(x: Tensor, decay: Tensor, cu_segments: Tensor) -> None:
+    _check("decay", decay, torch.float64 if x.dtype == torch.float64 else torch.float32, 1)
+    if decay.shape[0] != x.shape[0]:
+        raise ValueError(f"decay: expected {x.shape[0]} of them, got {decay.shape[0]}")
+    _check_offsets(cu_segments, "cu_segments")
 
 
 def _code(reduce: Reduce) -> int:

@@ -18,6 +18,8 @@ __all__ = [
     "patch_pool_backward",
     "range_attention",
     "range_attention_backward",
+    "segment_scan",
+    "segment_scan_backward",
 ]
 
 # A program of the patch-owned family walks its range alone, so a long range holds up the kernel's
@@ -135,6 +137,33 @@ def patch_expand_backward(grad: Tensor, ids: Tensor, start: Tensor, stop: Tensor
         launch, out, _ = pooling.pool(rows(grad), start, stop, "sum")
         launch()
     return out
+
+
+def segment_scan(x: Tensor, decay: Tensor, cu_segments: Tensor) -> Tensor:
+    """As `lst_kernels.reference.segment_scan`."""
+    from lst_kernels.triton import scan
+    from lst_kernels.triton.launch import rows
+
+    with torch.cuda.device_of(x):
+        launches, y = scan.scan(rows(x), scan.gates(decay, cu_segments))
+        for launch in launches:
+            launch()
+    return y
+
+
+def segment_scan_backward(
+    grad: Tensor, decay: Tensor, cu_segments: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `lst_kernels.reference.segment_scan_backward`."""
+    from lst_kernels.triton import scan
+    from lst_kernels.triton.launch import rows
+
+    with torch.cuda.device_of(grad):
+        gates = scan.gates(decay, cu_segments)
+        launches, grad_x, parts = scan.scan_backward(rows(grad), gates, rows(y))
+        for launch in launches:
+            launch()
+        return grad_x, scan.gates(parts.sum(0), cu_segments)[:-1]
 
 
 def _patch_owned(q: Tensor, k: Tensor, ranges: KeyRanges) -> bool:

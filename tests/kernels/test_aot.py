@@ -23,6 +23,8 @@ BF16 = torch.bfloat16
         Configuration("backward_kv", BF16, 64, heads=(16, 4)),
         Configuration("patch_backward", BF16, 64, slots=2),
         Configuration("pool_max", BF16, 1024),
+        Configuration("scan_carries", BF16, 1024),
+        Configuration("scan_rows_back", BF16, 1024),
     ],
     ids=str,
 )
@@ -74,7 +76,7 @@ HEADS = (22, 11)
         Configuration("backward_kv", BF16, 80, HEADS),
         Configuration("patch_forward", BF16, 80, HEADS, slots=2),
         Configuration("patch_backward", BF16, 80, HEADS, slots=2),
-        *[Configuration(family, BF16, 1000) for family in aot.POOLING],
+        *[Configuration(family, BF16, 1000) for family in (*aot.POOLING, *aot.SCAN)],
     ],
     ids=str,
 )

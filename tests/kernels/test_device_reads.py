@@ -21,6 +21,8 @@ from lst_kernels import (
     patch_pool,
     pooling,
     range_attention,
+    scan,
+    segment_scan,
     sliding_window_attention,
 )
 
@@ -35,6 +37,8 @@ KERNELS = {
     OPS.patch_pool_backward.default: pooling._pool_backward,
     OPS.patch_expand.default: pooling._expand,
     OPS.patch_expand_backward.default: pooling._expand_backward,
+    OPS.segment_scan.default: scan._scan,
+    OPS.segment_scan_backward.default: scan._scan_backward,
 }
 PATTERNS = {
     "encoder": lambda layout: layout.patches_read_tokens(slots=2),
@@ -138,6 +142,15 @@ def test_patch_expand_reads_nothing(shift, gpu):
     out = patch_expand(z, layout, shift, residual=residual, backend="triton")
     differentiate(out, z, residual)
     assert ran(gpu, "patch_expand", "patch_expand_backward")
+
+
+def test_segment_scan_reads_nothing(gpu):
+    layout = PatchLayout.static([300, 200], 2).to("meta")
+    x = torch.empty(layout.num_patches, 96, device="meta", requires_grad=True)
+    decay = torch.empty(layout.num_patches, device="meta", requires_grad=True)
+    differentiate(segment_scan(x, decay, layout.cu_documents, backend="triton"), x, decay)
+    assert ran(gpu, "segment_scan", "segment_scan_backward")
+    assert len(gpu[1]) == 6  # three kernels each way
 
 
 def test_a_layout_made_on_the_device_reads_nothing(gpu):

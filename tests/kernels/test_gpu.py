@@ -1,7 +1,8 @@
 """On a GPU the ops are what they are on the CPU, at the sizes of a model, and never wait.
 
-The oracles are those of `test_attention.py` and `test_pooling.py`: dense float64, and loops over
-patches. Triton's kernels have more tests of their own, which `test_triton_interpreter.py` runs.
+The oracles are those of `test_attention.py`, `test_pooling.py` and `test_scan.py`: dense float64,
+and loops over patches and rows. Triton's kernels have more tests of their own, which
+`test_triton_interpreter.py` runs.
 """
 
 import importlib.util
@@ -19,6 +20,7 @@ from lst_kernels import (
     patch_expand,
     patch_pool,
     range_attention,
+    segment_scan,
     sliding_window_attention,
 )
 
@@ -38,6 +40,7 @@ def suite(name):
 
 
 ATTENTION, POOLING = suite("test_attention"), suite("test_pooling")
+SCAN = suite("test_scan")
 
 
 def words(num_patches, seed=0):
@@ -190,6 +193,27 @@ def test_patch_expand_is_the_loop(shift, dtype):
     POOLING.within_budget(added.detach().cpu(), eager, oracle, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths", [[3, 0, 700, 1, 64, 65], [5000]], ids=["short", "long"])
+def test_segment_scan_is_the_loop(lengths, dtype):
+    cu = SCAN.offsets(lengths)
+    x, decay, grad = SCAN.inputs(dtype, sum(lengths), 72)
+    decay = decay.float()
+
+    def run(scan, kind, device="cpu"):
+        leaves = x.to(device, kind), decay.to(device, SCAN.precise(kind)), grad.to(device, kind)
+        return [z.cpu() for z in SCAN.differentiate(scan, *leaves)]
+
+    oracle, eager = (run(lambda x, d: SCAN.loop(x, d, cu), kind) for kind in (torch.float64, dtype))
+    there = cu.to(DEVICE)
+    ours = run(lambda x, d: segment_scan(x, d, there, backend=BACKEND), dtype, DEVICE)
+    for got, same, wanted in zip(ours, eager, oracle, strict=True):
+        assert got.isfinite().all()
+        budget = 2 * SCAN.largest(same - wanted)
+        budget += 4 * torch.finfo(dtype).eps * SCAN.largest(wanted)
+        assert SCAN.largest(got - wanted) <= budget
+
+
 def every_op(backend, dtype=torch.bfloat16):
     """Each op of the library as a call that goes forward and backward, on inputs already there."""
     layout = words(200)
@@ -231,6 +255,12 @@ def every_op(backend, dtype=torch.bfloat16):
         rows(layout.num_patches, 64),
         rows(layout.num_tokens, 64),
     )
+    decay = torch.rand(layout.num_tokens, device=DEVICE, requires_grad=True)
+    calls["segment_scan"] = trained(
+        lambda x, decay: segment_scan(x, decay, moved.cu_tokens, backend=backend),
+        rows(layout.num_tokens, 64),
+        decay,
+    )
     return calls
 
 
@@ -242,7 +272,7 @@ def calls():
 OPS_BY_NAME = [
     *PATTERNS, "auto-sliding-100", "auto-causal",
     *[f"patch_pool-{reduce}" for reduce in POOLING.REDUCES],
-    "patch_expand-0", "patch_expand-1", "patch_expand-residual",
+    "patch_expand-0", "patch_expand-1", "patch_expand-residual", "segment_scan",
 ]  # fmt: skip
 
 
@@ -335,6 +365,13 @@ def test_patch_pool_and_patch_expand_pass_opcheck(reduce):
         torch.library.opcheck(OPS.patch_expand.default, (z, *readers, residual, BACKEND))
 
 
+def test_segment_scan_passes_opcheck():
+    layout = words(20).to(DEVICE)
+    x = torch.randn(layout.num_tokens, 8, device=DEVICE, requires_grad=True)
+    decay = torch.rand(layout.num_tokens, device=DEVICE, requires_grad=True)
+    torch.library.opcheck(OPS.segment_scan.default, (x, decay, layout.cu_tokens, BACKEND))
+
+
 def test_compiled_code_is_one_graph_for_ten_batches_with_the_gradients_of_eager_code():
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
@@ -380,7 +417,7 @@ def test_auto_takes_flash_for_half_precision_and_triton_for_the_rest():
         assert told[name].startswith("chosen"), told
 
 
-@pytest.mark.parametrize("op", ["encoder", "patch_pool", "patch_expand"])
+@pytest.mark.parametrize("op", ["encoder", "patch_pool", "patch_expand", "segment_scan"])
 def test_more_than_two_to_the_31_elements_are_all_reached(op):
     """The last document gives what it gives alone; 135 documents of 16,384 tokens."""
     if torch.cuda.mem_get_info()[0] < 50e9:
@@ -398,6 +435,10 @@ def test_more_than_two_to_the_31_elements_are_all_reached(op):
             out, leaves = range_attention(z, x, x, ranges, backend=BACKEND), (z, x)
         elif op == "patch_pool":
             out, leaves = patch_pool(x, layout.to(DEVICE), "max", backend=BACKEND), (x,)
+        elif op == "segment_scan":
+            decay = torch.full((layout.num_tokens,), 0.5, device=DEVICE, requires_grad=True)
+            cu = layout.cu_tokens.to(DEVICE)
+            out, leaves = segment_scan(x, decay, cu, backend=BACKEND), (x, decay)
         else:
             out, leaves = patch_expand(z, layout.to(DEVICE), backend=BACKEND), (z,)
         return [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))]

@@ -23,6 +23,7 @@ with warnings.catch_warnings(record=True) as used:
         slots = patch_pool(x, layout, "max")
         out = range_attention(slots, x, x, ranges)
         patch_expand(out, layout, 1, x).square().sum().backward()
+        lst_kernels.segment_scan(x, torch.ones(6), layout.cu_tokens).sum().backward()
         lst_kernels.sliding_window_attention(
             x, x, x, layout.cu_tokens, window=2, max_length=6
         ).sum().backward()

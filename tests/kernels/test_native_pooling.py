@@ -1,4 +1,4 @@
-"""The native pooling and expansion give the reference's results at every instruction set."""
+"""The native pooling, expansion and scan give the reference's results at every instruction set."""
 
 import pytest
 import torch
@@ -83,6 +83,49 @@ def test_expansion_equals_the_reference(level, dtype: torch.dtype):
         assert_same(*sums, exactly=False)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_scan_equals_the_reference(level, dtype: torch.dtype):
+    cu_segments, num_rows = offsets(), sum(LENGTHS)
+    generator = torch.Generator().manual_seed(0)
+    decay = torch.rand(num_rows, generator=generator)
+    decay[3::7], decay[5::11] = 0, 1
+    decay = decay.double() if dtype == torch.float64 else decay
+    for width in WIDTHS:
+        x, grad = (torch.randn(num_rows, width, generator=generator).to(dtype) for _ in range(2))
+        y = native.segment_scan(x, decay, cu_segments)
+        assert_near(y, reference.segment_scan(x, decay, cu_segments), dtype)
+        args = (grad, decay, cu_segments, y)
+        results = native.segment_scan_backward(*args), reference.segment_scan_backward(*args)
+        for ours, expected in zip(*results, strict=True):
+            assert_near(ours, expected, dtype)
+
+
+def assert_near(ours: Tensor, expected: Tensor, dtype: torch.dtype):
+    """Within some roundings of the largest value: sums cancel."""
+    assert ours.dtype == expected.dtype
+    size = float(expected.abs().max()) if expected.numel() else 0.0
+    tolerance = 8 * torch.finfo(dtype).eps * size
+    torch.testing.assert_close(ours, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("decay", "cu_segments", "y", "message"),
+    [
+        (torch.ones(3).double(), [0, 3], torch.ones(3, 2), "decay: expected .*float32"),
+        (torch.ones(4), [0, 3], torch.ones(3, 2), "decay: expected 3 of them, got 4"),
+        (torch.ones(3), [0, 4], torch.ones(3, 2), "cu_segments must start at 0, never fall"),
+        (torch.ones(3), [0, 2, 1, 3], torch.ones(3, 2), "cu_segments must start at 0, never fall"),
+        (torch.ones(3), [], torch.ones(3, 2), "cu_segments: expected at least the offset 0"),
+        (torch.ones(3), [0, 3], torch.ones(2, 2), r"y: expected \(3, 2\) .* got \(2, 2\)"),
+    ],
+)
+def test_a_wrong_scan_is_refused(decay: Tensor, cu_segments: list[int], y: Tensor, message: str):
+    with pytest.raises(ValueError, match=message):
+        native.segment_scan_backward(
+            torch.zeros(3, 2), decay, torch.tensor(cu_segments, dtype=torch.int32), y
+        )
+
+
 @pytest.mark.parametrize(("ids", "message"), [([0, 2], "ids must lie"), ([-2, 0], "ids must lie")])
 def test_ids_outside_the_patches_are_refused(ids: list[int], message: str):
     with pytest.raises(ValueError, match=message):
@@ -100,6 +143,22 @@ def test_ids_outside_the_patches_are_refused(ids: list[int], message: str):
 def test_a_wrong_residual_is_refused(residual: Tensor, message: str):
     with pytest.raises(ValueError, match=message):
         native.patch_expand(torch.zeros(2, 3), torch.tensor([0, 1]).int(), residual)
+
+
+def test_the_scan_has_the_same_bits_for_every_number_of_threads():
+    cu_segments = torch.tensor([0, 700, 700, 1100]).int()
+    x, grad, decay = torch.randn(1100, 600), torch.randn(1100, 600), torch.rand(1100)
+    before, runs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            y = native.segment_scan(x, decay, cu_segments)
+            runs.append((y, *native.segment_scan_backward(grad, decay, cu_segments, y)))
+    finally:
+        torch.set_num_threads(before)
+    for run in runs[1:]:
+        for ours, expected in zip(run, runs[0], strict=True):
+            assert torch.equal(ours, expected)
 
 
 def test_readers_outside_the_tokens_are_refused():

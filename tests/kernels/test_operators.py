@@ -14,6 +14,7 @@ from lst_kernels import (
     patch_expand,
     patch_pool,
     range_attention,
+    segment_scan,
     sliding_window_attention,
 )
 from lst_kernels.backends import BACKENDS, Call
@@ -76,6 +77,14 @@ def test_patch_expand_passes_opcheck(name):
     for residual in (None, rows(11, 3)):
         torch.library.opcheck(OPS.patch_expand.default, (rows(6, 3), *readers, residual, name))
     torch.library.opcheck(OPS.patch_expand_backward.default, (rows(11, 3).detach(), *readers, name))
+
+
+@pytest.mark.parametrize("name", can_run("segment_scan"))
+def test_segment_scan_passes_opcheck(name):
+    x, decay, cu = rows(11, 3), torch.rand(11, requires_grad=True), LAYOUT.cu_patches
+    torch.library.opcheck(OPS.segment_scan.default, (x, decay, cu, name))
+    args = (x.detach(), decay.detach(), cu, x.detach(), name)
+    torch.library.opcheck(OPS.segment_scan_backward.default, args)
 
 
 def model(q, k, v, x, layout, encoder, decoder, window, causal):
@@ -175,6 +184,9 @@ ONE_OP = {
     "patch_expand-own": lambda x, z, layout, *_: patch_expand(z, layout) * x,
     "patch_expand-shifted": lambda x, z, layout, *_: patch_expand(z, layout, shift=1) * x,
     "patch_expand-residual": lambda x, z, layout, *_: patch_expand(z, layout, 1, x),
+    "segment_scan": lambda x, z, layout, *_: (
+        segment_scan(z, z[:, 0, 0].sigmoid(), layout.cu_documents).sum() + x
+    ),
 }
 
 
@@ -237,6 +249,7 @@ def test_autocast_does_not_reach_into_an_op():
         lambda x: range_attention(x, x, x, LAYOUT.sliding_window(2)),
         lambda x: patch_pool(x, LAYOUT).square(),
         lambda x: patch_expand(patch_pool(x, LAYOUT).square(), LAYOUT),
+        lambda x: segment_scan(x.square(), x[:, 0, 0].sigmoid(), LAYOUT.cu_tokens),
     ],
 )
 def test_a_second_derivative_is_refused_rather_than_wrong(call):

@@ -15,10 +15,10 @@ import pytest
 pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
-FILES = ("triton_attention.py", "triton_pooling.py")
+FILES = ("triton_attention.py", "triton_pooling.py", "triton_scan.py")
 
 
-SUITE = ("test_attention.py", "test_pooling.py", "test_operators.py")
+SUITE = ("test_attention.py", "test_pooling.py", "test_scan.py", "test_operators.py")
 
 
 def run(file, *options, **environment):

@@ -2,6 +2,7 @@
 //
 // A run of features stays in registers while the rows go by; every byte of x, y and index is touched
 // once, so the ops run at the speed of memory.
+#include "carry.h"
 #include "pool.h"
 #include "simd.h"
 
@@ -10,31 +11,7 @@ namespace {
 using lst::Pool;
 using lst::PoolItem;
 
-// What sums of T are carried in: float32 in float64, so that a patch of 10,000 tokens is as exact as
-// one of two.
-template <class T>
-struct Carry {
-  typedef double type;
-};
-template <>
-struct Carry<bfloat16> {
-  typedef float type;
-};
-
-typedef float HalfFloats __attribute__((vector_size(kVectorBytes / 2)));
 typedef int32_t HalfIntegers __attribute__((vector_size(kVectorBytes / 2)));
-
-LST_INLINE Simd<double>::V widen(const float* source) {
-  return __builtin_convertvector(load<HalfFloats>(source), Simd<double>::V);
-}
-LST_INLINE Simd<double>::V widen(const double* source) { return load_row<double>(source); }
-LST_INLINE Simd<float>::V widen(const bfloat16* source) { return load_row<float>(source); }
-
-LST_INLINE void narrow(float* target, Simd<double>::V v) {
-  store(target, __builtin_convertvector(v, HalfFloats));
-}
-LST_INLINE void narrow(double* target, Simd<double>::V v) { store(target, v); }
-LST_INLINE void narrow(bfloat16* target, Simd<float>::V v) { store_row(target, v); }
 
 LST_INLINE Simd<float>::I load_index(const int32_t* source, float) {
   return load<Simd<float>::I>(source);
@@ -102,11 +79,6 @@ struct Pooling {
       }
       narrow_one(at.y + j, total / divisor);
     }
-  }
-
-  static LST_INLINE A widen_one(const T* source) { return load_part<C>(source, 1)[0]; }
-  static LST_INLINE void narrow_one(T* target, A value) {
-    store_part<C>(target, splat<C>(static_cast<C>(value)), 1);
   }
 
   template <int kVectors>
