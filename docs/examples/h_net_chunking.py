@@ -124,7 +124,7 @@ def train(steps: int = 120) -> tuple[float, float]:
         optimizer.zero_grad()
         (loss + 0.03 * ratio).backward()
         optimizer.step()
-        losses.append(float(loss) / 0.6931)
+        losses.append(loss.item() / 0.6931)
         if step % 30 == 29:
             cuts = layout.cu_patches[: int(layout.cu_documents[1]) + 1].tolist()
             text = bytes(rows[0, :-1].tolist()).decode()

@@ -101,7 +101,7 @@ def train(steps: int = 200) -> tuple[float, float]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss) / 0.6931)
+        losses.append(loss.item() / 0.6931)
         if step % 50 == 49:
             shorter = layout.num_tokens / layout.num_patches
             print(f"step {step + 1}: {losses[-1]:.2f} bits a byte, {shorter:.1f} times shorter")

@@ -85,7 +85,7 @@ def train(steps: int = 250) -> tuple[float, float]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss) / 0.6931)
+        losses.append(loss.item() / 0.6931)
         if step % 50 == 49:
             print(f"step {step + 1}: {losses[-1]:.2f} bits a byte in {layout.num_patches} patches")
     return sum(losses[:10]) / 10, sum(losses[-10:]) / 10

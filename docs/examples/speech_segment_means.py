@@ -99,7 +99,7 @@ def train(steps: int = 150) -> tuple[float, float]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss) / 0.6931)
+        losses.append(loss.item() / 0.6931)
         if step % 50 == 49:
             right = (logits.argmax(1) == said).float().mean()
             print(f"step {step + 1}: {losses[-1]:.2f} bits a word, {right:.0%} right")
