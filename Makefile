@@ -6,14 +6,14 @@ BIN := .venv/bin
 STAMP := .venv/setup-done
 NATIVE := $(wildcard lst_kernels/native/src/*)
 
-.PHONY: setup test test-matrix lint wheel corpus train bench clean
+.PHONY: setup test test-matrix lint wheel corpus train bench docs clean
 
 setup: $(STAMP)
 
 # The constraints keep pip on the versions that development is pinned to, torch first of all.
 $(STAMP): pyproject.toml setup.py CMakeLists.txt constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,speech,scale,llama,float8,log,plots]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,speech,scale,llama,float8,log,plots,docs]'
 	touch $@
 
 lint: setup
@@ -42,5 +42,8 @@ bench: setup
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]'
 	$(BIN)/pytest benchmarks/ --benchmark-only
 
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 clean:
-	rm -rf .venv build dist lst.egg-info lst_kernels/native/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site lst.egg-info lst_kernels/native/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
