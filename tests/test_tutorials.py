@@ -12,7 +12,7 @@ from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 
-import soundfile
+import pytest
 
 ROOT = Path(__file__).parents[1]
 TUTORIALS = ROOT / "docs" / "tutorials"
@@ -95,6 +95,8 @@ def test_every_tutorial_is_followed_here():
 
 def write_recordings(folder):
     """Half a minute of speech to train on and some to hold out, with transcripts beside it."""
+    import soundfile
+
     from lst.speech.synthesis import SAMPLE_RATE, TRAINING_VOICES, synthesize
 
     said = [
@@ -116,6 +118,8 @@ def write_recordings(folder):
 
 
 def test_train_on_your_own_audio(tmp_path, monkeypatch, save_ctc):
+    for name in ("espeakng_loader", "scipy", "sklearn", "soundfile", "transformers"):
+        pytest.importorskip(name)
     monkeypatch.chdir(tmp_path)
     said = write_recordings(Path("recordings"))
     Path("texts").mkdir()
