@@ -1,8 +1,8 @@
 """Hooks of MkDocs.
 
 Files outside of docs/ that a page links to, results and sources, come along with the site; links to
-folders become plain text. Roles
-such as ``:class:`` in docstrings, which Markdown does not know, are left out.
+folders and to the README become plain text. Roles in docstrings, such as ``:class:``, which
+Markdown does not know, are left out.
 """
 
 import re
@@ -26,7 +26,7 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
         target = (Path(config.docs_dir) / folder / link[2]).resolve()
         if target.is_relative_to(config.docs_dir) or not target.exists():
             return link[0]
-        if target.is_dir():
+        if target.is_dir() or target.suffix == ".md":
             return link[1]
         uri = f"{FOLDER}/{target.relative_to(root).as_posix()}"
         if files.get_file_from_path(uri) is None:
