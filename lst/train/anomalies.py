@@ -5,7 +5,6 @@ has to ask the others, or the device, first.
 """
 
 import math
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -35,46 +34,37 @@ class Spike:
         return f"the {self.modality} loss jumped from about {self.usual:.4f} to {self.loss:.4f}"
 
 
-class Spikes:
-    """Compares each step's loss with those of the last steps, text and speech apart.
+Recent = dict[str, list[float]]  # losses of the last steps, by modality
 
-    Apart, as the share of speech in a batch moves their common mean. A resumed run starts anew.
+
+def find_spike(recent: Recent, loss: Loss) -> tuple[Spike | None, Recent]:
+    """What stands out in a step's loss, if anything, and the ``recent`` losses with this one.
+
+    Text and speech apart, as the share of speech in a batch moves their common mean.
     """
-
-    def __init__(self) -> None:
-        self._windows = {"text": LossWindow(), "speech": LossWindow()}
-
-    def find(self, loss: Loss) -> Spike | None:
-        """Take note of a step's loss; what stands out in it, if anything."""
-        found = None
-        means = loss.per_token()
-        for modality, window in self._windows.items():
-            mean = means[f"loss_{modality}"]
-            usual = None if mean is None else window.add(mean)
-            if mean is not None and usual is not None:
-                found = Spike(modality=modality, loss=mean, usual=usual)
-        return found
+    found, means, after = None, loss.per_token(), dict(recent)
+    for modality in ("text", "speech"):
+        mean, before = means[f"loss_{modality}"], recent.get(modality, [])
+        if mean is None:
+            continue
+        usual = stands_out(mean, before)
+        if usual is not None:
+            found = Spike(modality=modality, loss=mean, usual=usual)
+        after[modality] = [*before, mean][-WINDOW:]
+    return found, after
 
 
-class LossWindow:
-    """The losses of the last steps of one kind."""
+def stands_out(loss: float, before: Sequence[float]) -> float | None:
+    """The median of the losses ``before`` where ``loss`` is far above them, else None.
 
-    def __init__(self) -> None:
-        self._losses: deque[float] = deque(maxlen=WINDOW)
-
-    def add(self, loss: float) -> float | None:
-        """Take note of a loss; the median of those before it where it stands out, else None.
-
-        Median and median absolute deviation, unlike mean and standard deviation, are not moved by
-        the spikes themselves.
-        """
-        before = list(self._losses)
-        self._losses.append(loss)
-        if len(before) < ENOUGH:
-            return None
-        middle = median(before)
-        deviation = SIGMA * median(abs(value - middle) for value in before)
-        return middle if loss - middle > max(DEVIATIONS * deviation, LEAST * middle) else None
+    Median and median absolute deviation, unlike mean and standard deviation, are not moved by the
+    spikes themselves.
+    """
+    if len(before) < ENOUGH:
+        return None
+    middle = median(before)
+    deviation = SIGMA * median(abs(value - middle) for value in before)
+    return middle if loss - middle > max(DEVIATIONS * deviation, LEAST * middle) else None
 
 
 def is_finite(loss: Loss, grad_norm: float) -> bool:

@@ -40,6 +40,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from lst.errors import UserError
 from lst.model import LanguageModel, build_model
 from lst.speech_bpe import SPEECH_BPE, SpeechBPE
+from lst.train.anomalies import Recent
 from lst.train.config import TrainConfig, read_config, to_json
 from lst.train.distributed import SharedError, World
 from lst.train.manifest import (
@@ -55,7 +56,7 @@ from lst.train.optimizer import optimizer_tensors
 from lst.train.run_folder import CHECKPOINTS, CONFIG, fsync, write_json, writing
 from lst.vocabulary import Tokenizer, Vocabulary
 
-FORMAT = 2  # of state.json; raised when an older reader would misread a newer checkpoint
+FORMAT = 3  # of state.json; raised when an older reader would misread a newer checkpoint
 STATE = "state.json"
 MODEL, OPTIMIZER = "model", "optimizer"
 WEIGHTS = "model.safetensors"  # in MODEL
@@ -72,6 +73,7 @@ class State:
     seen: Seen = field(default_factory=Seen)
     skipped: int = 0  # updates, for a loss or gradient that was not finite
     skipped_in_a_row: int = 0  # of them, those since the last update
+    recent: Recent = field(default_factory=dict)  # what a loss that jumps is told by
     lanes: dict[int, dict[str, Any]] = field(default_factory=dict)  # where each stands in the data
     vocabulary: Vocabulary
     datasets: dict[str, str]  # fingerprints of what it trains on
@@ -176,6 +178,7 @@ def _state_json(state: State, lanes: dict[int, Any]) -> dict[str, Any]:
         "seen": asdict(state.seen),
         "skipped": state.skipped,
         "skipped_in_a_row": state.skipped_in_a_row,
+        "recent": state.recent,
         "vocabulary": {
             "num_pieces": state.vocabulary.num_pieces,
             "num_units": state.vocabulary.num_units,
@@ -321,6 +324,7 @@ def read_state(folder: Path) -> State:
             seen=Seen(**values["seen"]),
             skipped=values["skipped"],
             skipped_in_a_row=values["skipped_in_a_row"],
+            recent=values["recent"],
             lanes={int(lane): state for lane, state in values["lanes"].items()},
             vocabulary=Vocabulary(**values["vocabulary"], speech_bpe=speech_bpe),
             datasets=values["datasets"],

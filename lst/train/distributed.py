@@ -18,8 +18,10 @@ from torch import Tensor
 
 from lst.errors import UserError
 
-# The longest that a rank waits for another. Long, as rank 0 alone scores the stories at the end;
-# a rank that dies is noticed by torchrun, which ends the others.
+# The longest that ranks wait for each other at the start, as they are launched together.
+MEETING = timedelta(minutes=5)
+# The longest that one waits for another later. Long, as rank 0 alone scores the stories at the end;
+# a rank that dies or hangs is noticed by the watchdog.
 TIMEOUT = timedelta(hours=2)
 PATIENCE = timedelta(seconds=10)  # the same after an error, which the other ranks may not share
 
@@ -116,7 +118,10 @@ def start_world(device: str) -> Iterator[World]:
         stack.enter_context(_settings(world.device))
         if size > 1:
             backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=TIMEOUT)
+            store = _meet(world)
+            dist.init_process_group(
+                backend, store=store, rank=world.rank, world_size=size, timeout=TIMEOUT
+            )
             # A group of its own: after an error on one rank, its farewell must not be taken for
             # its part in whatever the other ranks are still adding up.
             stack.push(partial(_leave, dist.new_group(backend="gloo")))
@@ -135,6 +140,28 @@ def _device(device: str, local_rank: int) -> torch.device:
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def _meet(world: World) -> dist.Store:
+    """Wait until every rank is there; the store over which they make their groups.
+
+    Raises:
+        UserError: some do not come.
+    """
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    expected = f"{where}: expected {world.size} processes to meet within {MEETING.seconds} s"
+    try:
+        store, *_ = next(dist.rendezvous("env://", world.rank, world.size, timeout=MEETING))
+        store.set(f"here/{world.rank}", "")
+        try:
+            store.wait([f"here/{rank}" for rank in range(world.size)], MEETING)
+        except dist.DistStoreError:
+            late = [rank for rank in range(world.size) if not store.check([f"here/{rank}"])]
+            raise UserError(f"{expected}, got none of rank {', '.join(map(str, late))}") from None
+    except (dist.DistError, ValueError) as error:  # ValueError: a variable is not set
+        raise UserError(f"{expected}, got {str(error).splitlines()[0]}") from None
+    store.set_timeout(TIMEOUT)
+    return store
 
 
 def _leave(farewell: dist.ProcessGroup, kind: type[BaseException] | None, *_: object) -> None:

@@ -27,18 +27,18 @@ from torch import nn
 from lst.data.loader import TrainLoader
 from lst.errors import UserError
 from lst.model import LanguageModel, build_model, count_parameters
-from lst.train.anomalies import Spikes, global_records, is_finite
+from lst.train.anomalies import find_spike, global_records, is_finite
 from lst.train.checkpoint import State, load_tensors, newest_checkpoint, read_state
 from lst.train.checkpointer import Checkpointer
 from lst.train.config import TrainConfig, check_same_run, read_config
 from lst.train.corpus import Corpus, check_same_data, open_corpus
 from lst.train.distributed import SharedError, World, start_world
 from lst.train.interrupt import Interrupt, Stopped, catch_signals
-from lst.train.metrics import Loss, MetricsLog, StepTimes
+from lst.train.metrics import Loss, MetricsLog, StepTimes, expect_wandb
 from lst.train.mfu import describe, find_peak
 from lst.train.optimizer import build_optimizer, learning_rate, set_learning_rate
 from lst.train.parallel import clip_gradients, gathered, initialise_weights, parallelise
-from lst.train.run_folder import CONFIG, create_run
+from lst.train.run_folder import CONFIG
 from lst.train.status import LOST_WORKER, Status, describe_error
 from lst.train.step import backward, global_counts, read_step, rehearse
 from lst.train.stories import complete_stories
@@ -132,6 +132,10 @@ def prepare(
     resume: bool,
 ) -> Run:
     """Open the data, build the model, and fill it from the newest checkpoint when resuming."""
+    with world.together():
+        if resume:
+            status.begin()
+        expect_wandb(config)
     checkpoint = find_resumed(config, world) if resume else None
     with world.together():
         corpus = open_corpus(config.data)
@@ -167,8 +171,7 @@ def prepare(
             initialise_weights(model, config.seed)
             if config.warm_start is not None:
                 start_from_llama(model, config, corpus)
-            if world.is_main and not resume:
-                create_run(config)
+        status.begin()  # nothing before it leaves anything of a new run
         peak = find_peak(world.device, config.peak_tflops)
         log = MetricsLog(
             config,
@@ -179,8 +182,6 @@ def prepare(
             num_devices=world.size,
             active=world.is_main,
         )
-    if not resume:
-        status.begin()
     parts = ", ".join(f"{name} {number:,}" for name, number in count_parameters(model).items())
     log.say(f"{config.name}: {world.size} × {world.device.type}, {config.out}; parameters: {parts}")
     log.say(describe(peak, world.device, world.size))
@@ -217,7 +218,7 @@ def find_resumed(config: TrainConfig, world: World) -> Path | None:
 def take_steps(run: Run, interrupt: Interrupt) -> None:
     """Take optimizer steps, up to ``config.steps`` or until a rank is asked to stop."""
     config, world, model, log = run.config, run.world, run.model, run.log
-    batches, spikes = iter(run.loader), Spikes()
+    batches = iter(run.loader)
     first_step = run.state.step
     stop = False
     while True:
@@ -291,12 +292,11 @@ def take_steps(run: Run, interrupt: Interrupt) -> None:
             skipped=run.state.skipped,
         )
         run.watch.stepped()
-        tell_anomalies(run, spikes, loss, grad_norm, partial(global_records, micro_batches, sums))
+        tell_anomalies(run, loss, grad_norm, partial(global_records, micro_batches, sums))
 
 
 def tell_anomalies(
     run: Run,
-    spikes: Spikes,
     loss: Loss,
     grad_norm: float,
     records: Callable[[Loss, World], list[str]],
@@ -318,7 +318,8 @@ def tell_anomalies(
         }
         what = f"expected a finite loss and gradient, got loss {mean} and gradient norm {grad_norm}"
     else:
-        spike = spikes.find(loss)
+        spike, recent = find_spike(state.recent, loss)
+        run.state = replace(state, recent=recent)
         if spike is None:
             return
         event = {"event": "spike", "grad_norm": grad_norm, **vars(spike)}

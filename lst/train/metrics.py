@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.util import find_spec
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,7 @@ class MetricsLog:
         peak: of one of the ``num_devices``; None: no MFU.
 
     Raises:
-        UserError: the run folder cannot be written, or Weights & Biases is asked for and absent.
+        UserError: the run folder cannot be written.
     """
 
     def __init__(
@@ -414,14 +415,18 @@ def _add_scalars(board: Any, numbers: Mapping[str, float], step: int) -> None:
     board.flush()
 
 
+def expect_wandb(config: TrainConfig) -> None:
+    """Raise UserError where Weights & Biases is asked for and not installed."""
+    if config.wandb is not None and find_spec("wandb") is None:
+        raise UserError("--wandb: expected the package wandb: pip install 'lst[wandb]'")
+
+
 def _open_wandb(config: TrainConfig) -> Any:
     """A run of Weights & Biases, the same again when a run goes on; None: not asked for."""
     if config.wandb is None:
         return None
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("--wandb: expected the package wandb: pip install 'lst[wandb]'") from None
+    import wandb
+
     path = config.out / WANDB_ID
     if not path.exists():
         write_atomically(path, secrets.token_hex(8))

@@ -3,12 +3,15 @@
 ::
 
     config.json                     what was run
+    .lock                           held by the command that trains here
     status.json                     how it stands (status.py)
     metrics.jsonl  events.jsonl  tensorboard/  loss.png
     checkpoints/step-00000100/      see checkpoint.py
     story_completion.json  .md      at the end
 """
 
+import errno
+import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -19,6 +22,7 @@ from lst.errors import UserError
 from lst.train.config import TrainConfig, read_config, to_json
 
 CONFIG = "config.json"
+LOCK = ".lock"
 STATUS = "status.json"
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
@@ -39,6 +43,8 @@ CONTENTS = (
     f"{STORIES}.json",
     f"{STORIES}.md",
 )
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of a file system that knows none
 
 
 @contextmanager
@@ -79,8 +85,55 @@ def write_json(path: Path, values: object) -> None:
     write_atomically(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
 
 
-def create_run(config: TrainConfig) -> None:
-    """Make ``config.out`` the folder of a new run.
+class RunLock:
+    """One command at a time in a run folder: two would write beside each other.
+
+    Rank 0 takes it. The kernel lets it go when that process ends, however it does, and data
+    workers, which are programs of their own, do not inherit it.
+    """
+
+    def __init__(self) -> None:
+        self._descriptor: int | None = None
+
+    def take(self, out: Path) -> None:
+        """Take it, unless it is held already by this object.
+
+        Raises:
+            UserError: another command holds it; the folder cannot be written.
+        """
+        if self._descriptor is not None:
+            return
+        with writing(out / LOCK):
+            descriptor = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(descriptor)
+                raise UserError(f"{out}: another command trains here{_holder(out)}") from None
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    os.close(descriptor)
+                    raise
+                print(f"{out}: no lock keeps other commands out ({error.strerror})", flush=True)
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def _holder(out: Path) -> str:
+    """Where the command that trains in ``out`` runs, as far as its status.json tells."""
+    try:
+        status = json.loads((out / STATUS).read_text())
+        return f" (process {status['pid']} on {status['host']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def create_run(config: TrainConfig, lock: RunLock) -> None:
+    """Make ``config.out`` the folder of a new run, and take its lock.
 
     Raises:
         UserError: it holds a run already, or cannot be written. Nothing is changed then.
@@ -96,6 +149,7 @@ def create_run(config: TrainConfig) -> None:
         out.mkdir(parents=True, exist_ok=True)
         if not os.access(out, os.W_OK | os.X_OK):
             raise UserError(f"{out}: cannot be written (Permission denied)")
+    lock.take(out)
     write_json(out / CONFIG, to_json(config))
 
 

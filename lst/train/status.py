@@ -25,6 +25,7 @@ import re
 import socket
 import threading
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -34,7 +35,7 @@ from lst.errors import UserError
 from lst.train.config import TrainConfig
 from lst.train.distributed import launched_rank
 from lst.train.interrupt import Interrupt
-from lst.train.run_folder import STATUS, write_atomically
+from lst.train.run_folder import STATUS, RunLock, create_run, write_atomically
 
 EVERY = 10.0  # seconds between two words of a run that is running
 LOCK_SECONDS = 5.0
@@ -44,14 +45,14 @@ LOST_WORKER = "data worker"  # how the reason begins where one died
 class Status:
     """Writes ``status.json``; leaving the block, how the run ended.
 
-    It speaks from :meth:`begin` on: a folder that turns out to hold another run is left alone. Rank
+    It speaks from :meth:`begin` on: a folder that turns out to be another's is left alone. Rank
     0 writes, or of a failure whoever finds that it is no more. What ends a run is written once: the
     first reason counts. Safe to call from the watchdog's thread.
     """
 
     def __init__(self, config: TrainConfig, interrupt: Interrupt, *, resume: bool) -> None:
-        self._out, self._interrupt, self._begun = config.out, interrupt, False
-        self._resume = resume
+        self._config, self._out, self._resume = config, config.out, resume
+        self._interrupt, self._run_lock, self._begun = interrupt, RunLock(), False
         self._rank, self._lock = launched_rank(), threading.Lock()
         self._written = 0.0
         self._values: dict[str, Any] = {
@@ -68,7 +69,20 @@ class Status:
         }
 
     def begin(self) -> None:
-        """From here on the folder is this run's; every rank calls it."""
+        """From here on the folder is this command's: locked, and new where the run is.
+
+        Every rank calls it; once is enough.
+
+        Raises:
+            UserError: it is another's, or cannot be written. Nothing is changed then.
+        """
+        if self._begun:
+            return
+        if self._rank == 0:
+            if self._resume:
+                self._run_lock.take(self._out)
+            else:
+                create_run(self._config, self._run_lock)
         self._begun = True
         if self._rank == 0:
             self._write(state="running")
@@ -92,8 +106,9 @@ class Status:
             self._write(state="stopped", reason=reason or name, signal=name)
 
     def __enter__(self) -> Self:
-        if self._resume:
-            self.begin()
+        if self._resume:  # even while ranks wait for each other, its state can be seen
+            with suppress(UserError):  # that is raised again in prepare(), on all ranks together
+                self.begin()
         return self
 
     def __exit__(
@@ -110,6 +125,7 @@ class Status:
             self.stopped("interrupted while it was stopping")
         else:
             self.failed(describe_error(error))
+        self._run_lock.release()
 
     def _write(self, *, state: str, **values: Any) -> None:
         if not self._lock.acquire(timeout=LOCK_SECONDS):  # held by a thread whose disk hangs

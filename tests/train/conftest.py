@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from lst.train.config import OptimizerConfig, TrainConfig
 from lst.vocabulary import train_tokenizer
 
 NUM_UNITS = 20
+RANKS_SECONDS = 120  # that processes of a program may take
 WORDS = ["a", "story", "of", "the", "small", "red", "fox", "who", "went", "over", "hills"]
 
 
@@ -141,13 +143,16 @@ def tiny(make_tiny: Callable[..., TrainConfig], tmp_path: Path) -> Callable[...,
 class Ranks:
     """The processes of a program under way."""
 
-    def __init__(self, server: subprocess.Popen[str], log: Path) -> None:
-        self._server, self._log = server, log
-        self.pids: list[int] = self._read()
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self.pids: list[int] = self._read("pids")
 
-    def _read(self) -> list[int]:
-        assert self._server.stdout is not None
-        numbers: list[int] = json.loads(self._server.stdout.readline())
+    def _read(self, name: str) -> list[int]:
+        path, until = self._log / name, time.monotonic() + RANKS_SECONDS
+        while not path.exists():
+            assert time.monotonic() < until, self.printed()
+            time.sleep(0.01)
+        numbers: list[int] = json.loads(path.read_text())
         return numbers
 
     def kill(self) -> None:
@@ -159,7 +164,7 @@ class Ranks:
     @functools.cached_property
     def codes(self) -> list[int]:
         """Exit codes, once all have ended; −9 of one that was killed."""
-        return self._read()
+        return self._read("codes")
 
     def succeed(self) -> str:
         """Wait; what rank 0 printed. All must have ended well."""
@@ -167,8 +172,8 @@ class Ranks:
         return self.printed(0)
 
     def printed(self, *ranks: int) -> str:
-        names = [f"rank-{rank}.log" for rank in ranks or range(len(self.pids))]
-        return "\n".join((self._log / name).read_text() for name in names)
+        paths = [self._log / f"rank-{rank}.log" for rank in ranks]
+        return "\n".join(path.read_text() for path in paths or sorted(self._log.glob("*.log")))
 
 
 @pytest.fixture(scope="session")
@@ -176,7 +181,6 @@ def fork_server() -> Iterator[subprocess.Popen[str]]:
     server = subprocess.Popen(
         [sys.executable, Path(__file__).with_name("fork_server.py")],
         stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
@@ -212,7 +216,7 @@ def fork(
         assert fork_server.stdin is not None
         fork_server.stdin.write(json.dumps(request) + "\n")
         fork_server.stdin.flush()
-        started.append(Ranks(fork_server, log))
+        started.append(Ranks(log))
         return started[-1]
 
     yield start

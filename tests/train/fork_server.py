@@ -1,12 +1,13 @@
 """Starts programs fast: imports training once, then forks the ranks of each program from there.
 
 Reads a line of JSON for each: the program's code, its arguments, the environment of every rank and
-the folder for what they print. Answers with their process ids, and with their exit codes once all
-have ended. A process killed by signal N has the code −N.
+the folder for what they print. Answers by files in that folder: ``pids``, and ``codes`` once all
+have ended. A process killed by signal N has the code −N. Programs may run at the same time.
 """
 
 import json
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -41,13 +42,24 @@ def start(request: dict[str, Any], rank: int) -> int:
             os._exit(code)
 
 
+def answer(request: dict[str, Any], name: str, numbers: list[int]) -> None:
+    path = Path(request["log"]) / name
+    path.with_suffix(".tmp").write_text(json.dumps(numbers))
+    path.with_suffix(".tmp").rename(path)
+
+
 def main() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait for ranks
     for line in sys.stdin:
+        if os.fork():
+            continue
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         request = json.loads(line)
         pids = [start(request, rank) for rank in range(len(request["environments"]))]
-        print(json.dumps(pids), flush=True)
+        answer(request, "pids", pids)
         codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-        print(json.dumps(codes), flush=True)
+        answer(request, "codes", codes)
+        os._exit(0)
 
 
 if __name__ == "__main__":  # workers of the programs import this file under another name

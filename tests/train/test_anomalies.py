@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,10 +13,11 @@ import torch
 import lst.train.loop as loop
 from lst.data.batch import IGNORE, Batch
 from lst.errors import UserError
-from lst.train.anomalies import ENOUGH, LossWindow
+from lst.train.anomalies import ENOUGH, WINDOW, find_spike
 from lst.train.checkpoint import load_model, newest_checkpoint, read_state
 from lst.train.config import TrainConfig
 from lst.train.loop import train
+from lst.train.metrics import Loss
 
 Tiny = Callable[..., TrainConfig]
 Batches = tuple[Batch, ...]
@@ -102,11 +104,11 @@ def test_a_resumed_run_goes_on_counting_the_updates_skipped_in_a_row(
     assert [event["step"] for event in read(config, "events.jsonl")] == [3, 4, 5]
 
 
-def test_targets_that_make_no_sense_are_a_spike_that_names_its_records(
-    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def scramble_at(scrambled: int) -> Callable[[int, Batches], Batches]:
+    """Targets drawn at random, in one step."""
+
     def scramble(step: int, batches: Batches) -> Batches:
-        if step != 45:
+        if step != scrambled:
             return batches
         draw = torch.Generator().manual_seed(0)
         ids = [torch.randint(5, 300, b.targets.shape, generator=draw) for b in batches]
@@ -115,8 +117,18 @@ def test_targets_that_make_no_sense_are_a_spike_that_names_its_records(
             for b, i in zip(batches, ids, strict=True)
         )
 
+    return scramble
+
+
+def text_loss(mean: float) -> Loss:
+    return Loss(text=mean, speech=0.0, text_targets=1, speech_targets=0, units_to_predict=0)
+
+
+def test_targets_that_make_no_sense_are_a_spike_that_names_its_records(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = tiny(steps=50, checkpoint_every=50, validate_every=50)
-    batches = change_batches(monkeypatch, scramble)
+    batches = change_batches(monkeypatch, scramble_at(45))
     train(config)
     (event,) = read(config, "events.jsonl")
     assert (event["step"], event["event"], event["modality"]) == (45, "spike", "text")
@@ -129,11 +141,32 @@ def test_targets_that_make_no_sense_are_a_spike_that_names_its_records(
 
 @pytest.mark.parametrize("seed", range(20))
 def test_noise_and_a_falling_loss_are_no_spikes(seed: int) -> None:
-    rng, window = random.Random(seed), LossWindow()
-    assert not any(window.add(4 + 6 / (1 + n / 20) + rng.gauss(0, 0.1)) for n in range(1000))
+    rng, recent = random.Random(seed), {}
+    for n in range(1000):
+        spike, recent = find_spike(recent, text_loss(4 + 6 / (1 + n / 20) + rng.gauss(0, 0.1)))
+        assert spike is None
+    assert list(recent) == ["text"]
+    assert len(recent["text"]) == WINDOW
 
 
 def test_a_spike_is_seen_after_enough_losses_and_twice_in_a_row() -> None:
-    window = LossWindow()
-    assert [window.add(10.0 if n == ENOUGH - 1 else 2.0) for n in range(ENOUGH)] == [None] * ENOUGH
-    assert [window.add(loss) for loss in (3.0, 3.0, 2.1)] == [2.0, 2.0, None]
+    losses = [*[2.0] * (ENOUGH - 1), 10.0, 3.0, 3.0, 2.1]
+    spikes, recent = [], {}
+    for loss in losses:
+        spike, recent = find_spike(recent, text_loss(loss))
+        spikes.append(spike and (spike.modality, spike.loss, spike.usual))
+    assert spikes == [*[None] * ENOUGH, ("text", 3.0, 2.0), ("text", 3.0, 2.0), None]
+
+
+def test_a_loss_that_jumps_right_after_a_resumption_is_told(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The losses before it are those of the run that was stopped."""
+    config = tiny(steps=46, checkpoint_every=44, validate_every=100)
+    change_batches(monkeypatch, scramble_at(45))
+    train(config)
+    expected = read(config, "events.jsonl")
+    assert [event["step"] for event in expected] == [45]
+    shutil.rmtree(config.out / "checkpoints" / "step-00000046")
+    train(config, resume=True)
+    assert read(config, "events.jsonl") == expected
