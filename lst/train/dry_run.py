@@ -238,7 +238,7 @@ def _batch(config: TrainConfig, mix: Mix, gpus: int) -> Iterator[str]:
     yield _row("a step", f"{data.rows:,} × {data.units_per_sequence:,} = {rows.units:,.0f} units")
     yield _row("", holds(1))
     yield _row("steps", f"{config.steps:,}")
-    yield _row("the run", f"{rows.units * config.steps / 1e9:,.2f} G units")
+    yield _row("the run", f"{rows.units * config.steps:,.0f} units")
     yield _row("", holds(config.steps))
 
 

@@ -17,6 +17,7 @@ from lst.errors import UserError
 from lst.model import LanguageModel, build_model
 from lst.train.checkpoint import (
     ALONE,
+    FORMAT,
     State,
     complete_checkpoints,
     load_model,
@@ -300,7 +301,7 @@ def test_a_state_of_another_format_is_refused(tiny: Tiny) -> None:
     folder = save(tiny(), 1)
     path = folder / "state.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
-    with pytest.raises(UserError, match=r"state.json: expected format 2, got 99"):
+    with pytest.raises(UserError, match=f"state.json: expected format {FORMAT}, got 99"):
         read_state(folder)
 
 

@@ -133,7 +133,7 @@ def test_the_papers_run_as_the_paper_has_it() -> None:
     assert text.startswith("lst-1b on 32 GPUs, fsdp, bfloat16 products\n")
     assert "  a GPU, each time        4 × 4,096 units\n" in text
     assert "  a step                  128 × 4,096 = 524,288 units\n" in text
-    assert "  the run                 104.86 G units\n" in text
+    assert "  the run                 104,857,600,000 units\n" in text
     assert "about 649,273 tokens, 1.85 hours of speech in them\n" in text
     assert memory(text, "weights") == pytest.approx(4 * 1_523_704_832 / 32 / 1e9, abs=1e-3)
     assert memory(text, "AdamW's moments") == pytest.approx(2 * memory(text, "weights"), abs=2e-3)

@@ -114,12 +114,13 @@ def test_wandb_gets_every_line_and_one_run_goes_on_under_one_name(
     assert told[-1] == ["finish"]
 
 
-def test_without_wandb_the_option_names_what_to_install(
+def test_without_wandb_the_option_names_what_to_install_and_leaves_no_folder(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"^--wandb: .* pip install 'lst\[wandb\]'$"):
         train(tiny(wandb="speech"))
+    assert not tiny().out.exists()
 
 
 @pytest.mark.usefixtures("undrawn")

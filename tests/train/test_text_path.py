@@ -1,8 +1,6 @@
 """Where text belongs to the global transformer alone, a run is a run like any other."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -65,16 +63,13 @@ def test_a_run_learns_stops_goes_on_and_completes_stories(
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_ranks_learn_what_one_does(
-    tiny: Callable[..., TrainConfig], tmp_path: Path, strategy: Any
+    tiny: Callable[..., TrainConfig], tmp_path: Path, fork: Callable[..., Any], strategy: Any
 ) -> None:
     one, two = global_text(tiny("one", steps=4)), global_text(tiny("two", steps=4))
     two = replace(two, parallel=ParallelConfig(strategy=strategy))
     train(one)
     (tmp_path / "config.json").write_text(json.dumps(to_json(two)))
-    (tmp_path / "rank.py").write_text(RANK)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(tmp_path / "rank.py"), str(tmp_path / "config.json")]
-    subprocess.run(command, check=True, timeout=SECONDS, capture_output=True)
+    fork(RANK, tmp_path / "config.json", ranks=2).succeed()
     got, expected = losses(two), losses(one)
     assert [line[:2] for line in got] == [line[:2] for line in expected]
     assert [line[2] for line in got] == pytest.approx([line[2] for line in expected], rel=1e-5)
