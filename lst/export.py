@@ -11,9 +11,9 @@ import tyro
 from safetensors.torch import save_file
 
 from lst.errors import UserError, run_command
+from lst.files import fsync, writing
 from lst.model.llama import CONFIG, WEIGHTS, to_llama
 from lst.train.checkpoint import load_model
-from lst.train.run_folder import fsync, writing
 
 __all__ = ["ExportConfig", "export_llama"]
 

@@ -1,21 +1,36 @@
-"""Where files are: in a folder of this machine, or behind any URL that fsspec reads.
+"""Files: in a folder of this machine, or behind any URL that fsspec reads.
 
     Location("data/demo") / "train" / "text" / "dataset.json"
     Location("s3://bucket/corpus") / "tokenizer.model"
 
-Reading alone; what is written is written to this machine.
+    write_atomically(path, text)
+    with replacing(path) as temporary: ...    for what another library saves
+
+What is written is written to this machine, as a whole or not at all.
 """
 
+import json
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
 
 from lst.errors import UserError
 
-__all__ = ["Location", "reason"]
+__all__ = [
+    "Location",
+    "fsync",
+    "reason",
+    "replacing",
+    "write_atomically",
+    "write_json",
+    "writing",
+]
 
 T = TypeVar("T")
 
@@ -87,3 +102,58 @@ def reason(error: OSError) -> str:
 
 def _name(entry: dict[str, Any]) -> str:
     return str(entry["name"]).rstrip("/").rsplit("/", 1)[-1]
+
+
+# Writing ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A system error met in writing ``path`` becomes a UserError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({reason(error)})") from None
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside ``path``, to write to. What is there at the end of the block takes
+    ``path``'s place; ``path`` is the old file or the whole new one, whenever the power fails.
+
+    Processes and threads may write the same file at once; one of them wins.
+
+    Raises:
+        UserError: it cannot be written. The old file stays, here as after any other exception.
+    """
+    writer = f"{os.uname().nodename}-{os.getpid()}-{threading.get_ident()}"
+    temporary = path.with_name(f"{path.name}.{writer}.tmp")
+    with writing(path):
+        try:
+            yield temporary
+            fsync(temporary)
+            temporary.replace(path)
+            fsync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file by :func:`replacing` it."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: Path, values: object) -> None:
+    text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+    # Half a surrogate pair, as in the name of a file that is not UTF-8, becomes JSON's own escape.
+    write_atomically(path, text.encode(errors="backslashreplace"))
+
+
+def fsync(path: Path) -> None:
+    """Push a file, or a folder's list of names, down to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,13 +1,15 @@
 """A corpus is read the same from a folder and from any URL; what cannot be read is one line."""
 
+import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
 import pytest
 
 from lst.errors import UserError
-from lst.files import Location
+from lst.files import Location, replacing, write_atomically, write_json
 
 FILES = {"a/one.txt": b"1", "a/two.txt": b"22", "b/three.txt": b"333", "top.txt": b""}
 
@@ -90,3 +92,41 @@ def test_a_file_without_permission_is_one_line(tmp_path):
 def test_a_folder_is_no_file(tmp_path):
     with pytest.raises(UserError, match=r"could not be read \(Is a directory\)"):
         Location(tmp_path).read_bytes()
+
+
+def test_a_file_is_the_old_one_or_the_whole_new_one(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"word": "größer"})
+
+    def fail():
+        with replacing(path) as temporary:
+            temporary.write_text("half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert json.loads(path.read_text()) == {"word": "größer"}
+    write_atomically(path, b"\0new")
+    assert path.read_bytes() == b"\0new"
+    assert [each.name for each in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_json_holds_names_of_files_that_are_no_unicode(tmp_path):
+    names = [os.fsdecode(b"\xff.wav"), "größer"]
+    write_json(tmp_path / "a", names)
+    assert json.loads((tmp_path / "a").read_text()) == names
+
+
+def test_threads_that_write_one_file_leave_one_of_theirs(tmp_path):
+    path = tmp_path / "a"
+    texts = [str(number) * 100_000 for number in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda text: write_atomically(path, text), texts))
+    assert path.read_text() in texts
+    assert [each.name for each in tmp_path.iterdir()] == ["a"]
+
+
+def test_what_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/a: cannot be written \(Not a directory\)$"):
+        write_json(tmp_path / "file" / "a", 1)

@@ -17,7 +17,7 @@ from typing import Any
 
 from lst.compare.arms import ARMS
 from lst.compare.study import Budget, Result, Study, run_folder
-from lst.train.run_folder import write_atomically, writing
+from lst.files import replacing, write_atomically, write_json, writing
 
 TASKS = {"hellaswag": "HellaSwag", "storycloze": "StoryCloze", "topicstorycloze": "TopicStoryCloze"}
 MODES = ("S→S", "T→T")
@@ -247,8 +247,8 @@ def draw_curves(runs: Mapping[str, Sequence[Result]], out: Path, path: Path) -> 
     for row, (split, loss) in zip(grid, _LOSSES, strict=True):
         row[0].set_ylabel(f"{split}, {loss.replace('_', ' ')}")
     figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    with writing(path):
-        figure.savefig(path, format="png", dpi=110)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
     return True
 
 
@@ -275,7 +275,7 @@ def write_report(study: Study, runs: Runs, missing: Sequence[str], out: Path, ab
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     values = {"study": study.name, "machine": about, "missing": list(missing), "runs": held}
-    write_atomically(out / "results.json", json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+    write_json(out / "results.json", values)
     curves = [
         draw_curves(arms, out, out / f"curves-{budget}.png")
         for budget, arms in runs.items()

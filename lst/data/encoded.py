@@ -137,16 +137,27 @@ class EncodedDataset:
     def __getitem__(self, index: int) -> EncodedRecord:
         """Raises UserError where the record's checksum is wrong."""
         shard, row = self._place(index)
-        opened = self._shards[shard]
-        if opened is None:
-            rows = self._first_rows[shard + 1] - self._first_rows[shard]
-            opened = self._shards[shard] = _Shard(self._paths[shard], rows)
-        return opened.record(row)
+        return self._opened(shard).record(row)
+
+    def first_without(self, column: Literal["text", "units", "words"]) -> int | None:
+        """The first record that has no such thing; None where all have it."""
+        for shard, first in enumerate(self._first_rows[:-1]):
+            row = self._opened(shard).first_null(column)
+            if row is not None:
+                return first + row
+        return None
 
     def where(self, index: int) -> str:
         """The file and row that a record came from."""
         shard, row = self._place(index)
         return f"{self._names[shard]}, row {row}"
+
+    def _opened(self, shard: int) -> "_Shard":
+        opened = self._shards[shard]
+        if opened is None:
+            rows = self._first_rows[shard + 1] - self._first_rows[shard]
+            opened = self._shards[shard] = _Shard(self._paths[shard], rows)
+        return opened
 
     def _place(self, index: int) -> tuple[int, int]:
         if not 0 <= index < len(self):
@@ -184,6 +195,10 @@ class _Shard:
             )
             for each in columns.values()
         ]
+
+    def first_null(self, column: str) -> int | None:
+        null = self._lists[_LISTS.index(column)][0]
+        return None if null is None else int(np.argmax(null))
 
     def record(self, row: int) -> EncodedRecord:
         parts: list[Any] = []

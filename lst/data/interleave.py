@@ -36,6 +36,7 @@ from lst.vocabulary import BOS, EOS, SPEECH, TEXT, Tokenizer, Vocabulary
 
 __all__ = [
     "DOCUMENT_KINDS",
+    "NEEDS",
     "Document",
     "DocumentKind",
     "Mode",
@@ -50,6 +51,15 @@ MIN_TEXT_WORDS, MAX_TEXT_WORDS = 5, 30  # of a text span
 
 DocumentKind = Literal["auto", "interleaved", "speech", "text", "speech-to-text", "text-to-speech"]
 DOCUMENT_KINDS: tuple[DocumentKind, ...] = get_args(DocumentKind)
+# What a record must have to become such a document.
+NEEDS: dict[DocumentKind, tuple[Literal["text", "units", "words"], ...]] = {
+    "auto": (),
+    "interleaved": ("units", "words"),
+    "speech": ("units",),
+    "text": ("text",),
+    "speech-to-text": ("units", "text"),
+    "text-to-speech": ("text", "units"),
+}
 Mode = Literal["T→T", "S→S", "S→T", "T→S"]
 
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from lst.data.batch import Batch, PlanConfig, make_batch, plan_batch
 from lst.data.encoded import EncodedDataset
-from lst.data.interleave import record_document, stable_rng
+from lst.data.interleave import NEEDS, record_document, stable_rng
 from lst.data.lanes import Lane, LaneState, Source
 from lst.data.packing import MIN_ROOM, Packed, concatenate, patch_document
 from lst.data.patching import NoPatching, PatchingConfig, final_strategy
@@ -199,12 +199,20 @@ def _open_datasets(
                 f"got one of {dataset.info.num_units}"
             )
         datasets[name] = dataset
+    by = config.patching.aligned_by
+    encoded = {name: EncodedDataset(each, tokenizer, by) for name, each in datasets.items()}
     for key in config.mixture:
         source = Source.parse(key)
-        if source.kind not in ("auto", "text") and not datasets[source.dataset].has_speech:
-            raise UserError(f"data: {key!r} of the mixture: expected a dataset of speech, got text")
-    by = config.patching.aligned_by
-    return {name: EncodedDataset(each, tokenizer, by) for name, each in datasets.items()}
+        records = encoded[source.dataset]
+        for need in NEEDS[source.kind]:  # told now, not by the run that comes to such a record
+            lacking = records.first_without(need)
+            if lacking is not None:
+                raise UserError(
+                    f"data: {key!r} of the mixture: expected {need} in every record, got "
+                    f"none in {records.where(lacking)}; {source.dataset!r} without a kind makes "
+                    "of each what it can"
+                )
+    return encoded
 
 
 def _state_of(lane: Lane, states: Mapping[int, Mapping[str, Any]] | None) -> LaneState:

@@ -19,9 +19,9 @@ error that names the file, never a silent loss of data.
 import hashlib
 import io
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lst.errors import UserError
-from lst.files import Location
+from lst.files import Location, write_atomically, write_json
 
 __all__ = [
     "FRAMES_PER_SECOND",
@@ -407,7 +407,7 @@ def _write_shard(folder: Path, name: str, table: pa.Table) -> ShardInfo:
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
     content = sink.getvalue()
-    _write_atomically(folder / name, content)
+    write_atomically(folder / name, content)
     return ShardInfo(name, table.num_rows, len(content), hashlib.sha256(content).hexdigest())
 
 
@@ -415,16 +415,7 @@ def _write_info(folder: Path, kind: str, facts: dict[str, Any], shards: list[Sha
     hours = round(facts["num_frames"] / FRAMES_PER_SECOND / 3600, 4)  # for people; not read back
     info = {"format": FORMAT, "kind": kind, **facts, "hours": hours}
     info["shards"] = [asdict(shard) for shard in shards]
-    _write_atomically(folder / "dataset.json", (json.dumps(info, indent=1) + "\n").encode())
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_json(folder / "dataset.json", info)
 
 
 # Reading ------------------------------------------------------------------------------------------
@@ -492,6 +483,20 @@ class Dataset(Sequence[Record]):
         """All records of a shard in order; what was read is not kept. The same errors."""
         columns = _read_columns(self.folder, self.info.shards[shard], self.info.num_units)
         return map(columns.record, range(self.info.shards[shard].rows))
+
+    def read(self, rows: Sequence[int] | np.ndarray | None = None) -> Iterator[Record]:
+        """The records of ``rows``, which ascend, or all of them, with one shard in memory at a
+        time. The same errors."""
+        if rows is None:
+            for shard in range(len(self.info.shards)):
+                yield from self.read_shard(shard)
+            return
+        bounds = np.searchsorted(rows, self._first_rows)
+        for shard, (start, stop) in enumerate(pairwise(bounds.tolist())):
+            if start < stop:
+                columns = _read_columns(self.folder, self.info.shards[shard], self.info.num_units)
+                for row in rows[start:stop]:
+                    yield columns.record(int(row) - int(self._first_rows[shard]))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Dataset, (self.folder, self.info, self.fingerprint)

@@ -1,6 +1,5 @@
 """``python -m lst.evaluate CHECKPOINT``: score a checkpoint on story completion."""
 
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,8 +10,9 @@ from lst.data.interleave import Mode
 from lst.data.records import read_items
 from lst.errors import UserError, run_command
 from lst.evaluate.story_completion import format_table, story_completion
-from lst.files import Location
+from lst.files import Location, write_json
 from lst.train.checkpoint import load_model
+from lst.train.corpus import made_with
 
 MODES: dict[str, Mode] = {"S2S": "S→S", "T2T": "T→T", "S2T": "S→T", "T2S": "T→S"}
 
@@ -40,7 +40,11 @@ def main() -> None:
                 f"{patching.strategy!r}, which is evaluated without an aligner"
             )
         patching = replace(patching, boundary_noise_ms=config.boundary_noise_ms)
-    items = read_items(config.items or Location(trained.data.corpus) / "items")
+    corpus = Location(trained.data.corpus)
+    folder = corpus / "items" if config.items is None else Location(config.items)
+    if not folder.exists():
+        raise UserError(f"{folder}: expected a folder of stories to complete, got none; --items")
+    items = read_items(folder, **made_with(corpus, tokenizer))
     scores = story_completion(
         model.eval(),
         items,
@@ -53,7 +57,7 @@ def main() -> None:
     )
     print(format_table(scores))
     if config.json is not None:
-        config.json.write_text(json.dumps([asdict(score) for score in scores], indent=2) + "\n")
+        write_json(config.json, [asdict(score) for score in scores])
 
 
 if __name__ == "__main__":

@@ -27,10 +27,10 @@ from lst.data.interleave import record_document, stable_rng
 from lst.data.patching import Aligned
 from lst.data.records import Dataset, Record
 from lst.errors import UserError, run_command
-from lst.files import Location
+from lst.files import Location, replacing, write_json, writing
 from lst.model import LanguageModel
 from lst.train.checkpoint import load_model
-from lst.train.run_folder import write_json, writing
+from lst.train.corpus import made_with
 from lst.vocabulary import Tokenizer, Vocabulary
 
 __all__ = ["CATEGORIES", "Clusters", "choose_words", "clusters", "word_embeddings"]
@@ -175,8 +175,8 @@ def draw(vectors: np.ndarray, words: Sequence[str], chosen: Mapping[str, str], p
             axes.annotate(word, np.median(places[spoken == word], axis=0), fontsize=8, ha="center")
     axes.legend()
     axes.set(xticks=[], yticks=[], title="patch embeddings of words, t-SNE by cosine")
-    with writing(path):
-        figure.savefig(path, format="png", dpi=120)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
 
 
 # --- python -m lst.evaluate.word_embeddings -------------------------------------------------------
@@ -218,11 +218,16 @@ def main() -> None:
     config = tyro.cli(WordEmbeddingsConfig, prog="python -m lst.evaluate.word_embeddings")
     categories = CATEGORIES if config.categories is None else read_categories(config.categories)
     model, trained, vocabulary, tokenizer = load_model(config.checkpoint, config.device)
-    where = config.dataset or str(Location(trained.data.corpus) / "valid" / "speech")
-    dataset = Dataset.open(where, tokenizer=tokenizer.fingerprint)
+    corpus = Location(trained.data.corpus)
+    folder = corpus / "valid" / "speech" if config.dataset is None else Location(config.dataset)
+    if not folder.exists():
+        raise UserError(
+            f"{folder}: expected a dataset of speech, got none; --dataset names another"
+        )
+    dataset = Dataset.open(folder, **made_with(corpus, tokenizer))
     vectors, words = word_embeddings(
         model.eval(),
-        (dataset[index] for index in range(len(dataset))),
+        dataset.read(),
         vocabulary,
         tokenizer,
         trained.model.plan(),

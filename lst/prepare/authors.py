@@ -15,7 +15,7 @@ import numpy as np
 
 from lst.data.records import Record, Word
 from lst.prepare.outcomes import Outcomes, Skipped
-from lst.prepare.sources import Part
+from lst.prepare.sources import Part, json_reason
 from lst.prepare.text import lines_of, where_of
 
 __all__ = ["AUTHORS_CODEBOOK", "AUTHORS_UNITS", "authors_records", "parse_line"]
@@ -35,7 +35,7 @@ def authors_records(part: Part, source: str) -> Outcomes:
         try:
             yield parse_line(line.content.decode(), source)
         except (ValueError, RecursionError) as error:
-            yield Skipped(where_of(part, line), str(error))
+            yield Skipped(where_of(part, line), json_reason(error))
 
 
 def parse_line(line: str, source: str) -> Record:

@@ -44,8 +44,8 @@ from lst.data.records import (
     write_shard,
 )
 from lst.errors import UserError
+from lst.files import write_atomically, write_json, writing
 from lst.prepare.authors import AUTHORS_CODEBOOK, AUTHORS_UNITS, authors_records
-from lst.prepare.files import write_atomically, write_json, writing
 from lst.prepare.outcomes import Outcome, Skipped
 from lst.prepare.sources import (
     Input,
@@ -188,16 +188,21 @@ def prepare_corpus(config: CorpusConfig) -> Made:
         return Made.of(True, [])
     work = _work(config)
     indices = range(config.rank, plan.num_shards, config.world_size)
-    todo = [index for index in indices if not _report_path(work, index).is_file()]
-    before = [_read_report(work, index) for index in indices if index not in set(todo)]
+    todo, seen = [], _Seen(config)
+    for index in indices:
+        if _report_path(work, index).is_file():
+            seen.add(_read_report(work, index))
+        else:
+            todo.append(index)
     made: list[ShardReport] = []
     if todo:
         maker = _Maker.of(config)
         total = min(plan.num_inputs, len(todo) * config.shard_inputs)
         with tqdm(total=total, desc=config.out.name, unit="in", disable=None) as bar:
             for index in todo:
-                _check_share(config, before + made, enough=ENOUGH_SEEN)
+                seen.check_share(enough=ENOUGH_SEEN)
                 made.append(_make_shard(config, maker, index, bar))
+                seen.add(made[-1])
     return Made.of(_join(config, plan), made)
 
 
@@ -248,6 +253,8 @@ def plan_corpus(config: CorpusConfig) -> Plan:
         raise UserError(
             f"--out {config.out}: expected an empty or absent folder, got {min(others)} in it"
         )
+    with writing(config.out):
+        _work(config).mkdir(parents=True, exist_ok=True)
     inputs = _with_unique_ids(list_inputs(config))
     num_inputs = num_shards = 0
     while lines := [to_json(each) for each in islice(inputs, _shard_inputs(config))]:
@@ -255,7 +262,8 @@ def plan_corpus(config: CorpusConfig) -> Plan:
         num_inputs += len(lines)
         num_shards += 1
     if not num_inputs:
-        raise UserError(f"--{source_kind(config)}: expected something to prepare, got nothing")
+        names = ", ".join(settings[source_kind(config)])
+        raise UserError(f"{names}: expected something to prepare, got nothing")
     plan = Plan(settings, num_inputs, num_shards)
     write_json(config.out / PLAN, {"format": FORMAT, **asdict(plan)})
     return plan
@@ -296,7 +304,7 @@ def _with_unique_ids(inputs: Iterator[Input]) -> Iterator[Input]:
         num_before = len(seen)
         seen.add(hash(identity))  # 64 bits: 10^7 ids collide by chance in 3 of 10^6 corpora
         if len(seen) == num_before:
-            raise UserError(f"{where}: its name {identity!r} is another input's as well")
+            raise UserError(f"{where}: its id {identity!r} is another input's as well")
         yield each
 
 
@@ -489,18 +497,23 @@ def _join(config: CorpusConfig, plan: Plan) -> bool:
         reports = [_read_report(work, index) for index in range(plan.num_shards)]
     except FileNotFoundError:  # another rank has made it since
         return is_made(config)
-    _check_share(config, reports, enough=0)
+    seen = _Seen(config)
+    for report in reports:
+        seen.add(report)
+    seen.check_share(enough=0)
     shards = [report.shard for report in reports if report.shard is not None]
-    _check_unique_ids(config, shards)
-    skipped = [asdict(each) for report in reports for each in report.skipped]
+    if source_kind(config) == "authors":  # other ids are those of the inputs, or places in them
+        _check_unique_ids(config, shards)
+    for path in config.out.glob("shard-*.parquet.*.tmp"):  # of a process that was killed
+        path.unlink(missing_ok=True)
     result = {
         "inputs": plan.num_inputs,
         "records": sum(report.num_records for report in reports),
         "frames": sum(report.num_frames for report in reports),
         "unaligned": sum(report.num_unaligned for report in reports),
-        "skipped": len(skipped),
+        "skipped": len(seen.skipped),
     }
-    write_atomically(config.out / SKIPPED, "".join(json.dumps(each) + "\n" for each in skipped))
+    seen.list_skipped(config.out / SKIPPED)
     for path in config.out.glob(SKIPPED_OF_RANK.format("*")):
         path.unlink(missing_ok=True)
     write_json(config.out / PLAN, {"format": FORMAT, **asdict(plan), "result": result})
@@ -515,27 +528,42 @@ def _join(config: CorpusConfig, plan: Plan) -> bool:
     return True
 
 
-def _check_share(config: CorpusConfig, reports: list[ShardReport], *, enough: int) -> None:
-    """Raise UserError where too much of what was seen is skipped, once ``enough`` was."""
-    skipped = [each for report in reports for each in report.skipped]
-    seen = len(skipped) + sum(report.num_records for report in reports)
-    if seen < enough or len(skipped) <= config.max_skipped_share * seen:
-        return
-    first = skipped[0]
-    name = SKIPPED if config.world_size == 1 else SKIPPED_OF_RANK.format(config.rank)
-    path = config.out / name
-    write_atomically(path, "".join(json.dumps(asdict(each)) + "\n" for each in skipped))
-    raise UserError(
-        f"{len(skipped):,} of {seen:,} skipped, more than --max-skipped-share "
-        f"{config.max_skipped_share:g}; all are listed in {path}, the first: {first.where}: "
-        f"{first.reason} (what is prepared is kept: the same command with a larger share goes on)"
-    )
+class _Seen:
+    """Records and skipped ones of the shards so far."""
+
+    def __init__(self, config: CorpusConfig) -> None:
+        self._config = config
+        self._num_records = 0
+        self.skipped: list[Skipped] = []
+
+    def add(self, report: ShardReport) -> None:
+        self._num_records += report.num_records
+        self.skipped += report.skipped
+
+    def list_skipped(self, path: Path) -> None:
+        write_atomically(path, "".join(json.dumps(asdict(each)) + "\n" for each in self.skipped))
+
+    def check_share(self, *, enough: int) -> None:
+        """Raise UserError where too much of what was seen is skipped, once ``enough`` was."""
+        config, num_skipped = self._config, len(self.skipped)
+        num_seen = self._num_records + num_skipped
+        if num_seen < enough or num_skipped <= config.max_skipped_share * num_seen:
+            return
+        first = self.skipped[0]
+        name = SKIPPED if config.world_size == 1 else SKIPPED_OF_RANK.format(config.rank)
+        self.list_skipped(config.out / name)
+        raise UserError(
+            f"{num_skipped:,} of {num_seen:,} skipped, more than --max-skipped-share "
+            f"{config.max_skipped_share:g}; all are listed in {config.out / name}, the first: "
+            f"{first.where}: {first.reason} (what is prepared is kept: the same command with a "
+            "larger share goes on)"
+        )
 
 
 def _check_unique_ids(config: CorpusConfig, shards: list[WrittenShard]) -> None:
     """The authors' lines bring ids of their own, which only their records tell."""
-    hashes = [hash(identity) for shard in shards for identity in _ids(config, shard)]
-    ordered = np.sort(np.array(hashes))
+    hashes = (hash(identity) for shard in shards for identity in _ids(config, shard))
+    ordered = np.sort(np.fromiter(hashes, np.int64))
     twice = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
     for shard in shards if twice else []:
         for identity in _ids(config, shard):

@@ -40,7 +40,7 @@ from lst.data.records import (
     write_items,
 )
 from lst.errors import UserError
-from lst.prepare.files import write_json
+from lst.files import replacing, write_json
 from lst.prepare.stats import word_lengths
 from lst.prepare.stories import BLOCK_SIZE, Story, generate_stories, story_questions
 from lst.speech.synthesis import (
@@ -198,18 +198,16 @@ def _spoken_stories(config: DemoConfig) -> Iterator["Utterance"]:
 def _make_tokenizer(config: DemoConfig) -> Tokenizer:
     if config.tokenizer is not None:
         tokenizer = Tokenizer.load(config.tokenizer)
-        temporary = config.out / "work" / tokenizer.file_name
-        tokenizer.save(temporary)
-        os.replace(temporary, config.out / tokenizer.file_name)
+        with replacing(config.out / tokenizer.file_name) as temporary:
+            tokenizer.save(temporary)
         return tokenizer
     path = config.out / "tokenizer.model"
     if not path.is_file():
         # A story is some 70 pieces; a small corpus needs no better tokenizer than its text.
         num_stories = min(TOKENIZER_STORIES, 100 + config.text_tokens // 50)
         stories = islice(_training_stories(config, 1), num_stories)
-        temporary = config.out / "work" / path.name
-        train_tokenizer((story.text for story in stories), temporary, num_pieces=config.pieces)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            train_tokenizer((story.text for story in stories), temporary, num_pieces=config.pieces)
     return Tokenizer.load(path)
 
 
@@ -226,9 +224,8 @@ def _make_codebook(config: DemoConfig) -> LogMelKMeans:
                 if seconds <= 0:
                     break
         codebook = LogMelKMeans.fit(waveforms, num_units=config.codes, seed=config.seed)
-        temporary = config.out / "work" / path.name
-        codebook.save(temporary)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            codebook.save(temporary)
     return LogMelKMeans.load(path)
 
 

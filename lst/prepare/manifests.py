@@ -4,12 +4,14 @@ Times of a supervision count from the start of its cut, those of its alignment f
 the *recording* (lhotse's own convention); those of an input from the start of the input.
 """
 
+import json
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from lst.errors import UserError
-from lst.prepare.sources import Utterance
+from lst.prepare.sources import Utterance, json_reason
 
 __all__ = ["list_cuts", "list_recordings", "list_supervisions"]
 
@@ -76,14 +78,20 @@ def _items(paths: Iterable[Path], kinds: tuple[str, ...]) -> Iterator[tuple[str,
                 if fields is None:
                     break
                 item = deserialize_item(fields)
-            except OSError as error:
-                raise UserError(f"{where}: cannot be read ({error})") from None
+            except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+                raise UserError(f"{where}: cannot be read ({_reason(error)})") from None
             # Whatever lhotse makes of a line that is none of its own.
             except Exception as error:
-                raise UserError(f"{where}: not a lhotse manifest ({error!r})") from None
+                raise UserError(f"{where}: not a lhotse manifest ({_reason(error)})") from None
             if type(item).__name__ not in kinds:
                 raise UserError(f"{where}: expected {' or '.join(kinds)}, got {_name(item)}")
             yield where, item
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):  # its repr holds the whole file
+        return "not UTF-8"
+    return json_reason(error) if isinstance(error, json.JSONDecodeError) else repr(error)
 
 
 def _name(item: Any) -> str:

@@ -12,8 +12,9 @@ import csv
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,20 @@ import pyarrow.parquet as pq
 from lst.errors import UserError
 from lst.speech.audio import AUDIO_SUFFIXES
 
-__all__ = ["Part", "Sources", "Utterance", "from_json", "list_inputs", "source_kind"]
+__all__ = [
+    "Part",
+    "Sources",
+    "Utterance",
+    "from_json",
+    "json_reason",
+    "list_inputs",
+    "source_kind",
+]
 
 PART_BYTES = 32 << 20  # of a text file that is prepared at once
 TEXT_SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
 MANIFEST_COLUMNS = (
-    "id", "audio", "text", "speaker", "start", "duration", "channel", "words"
+    "audio", "id", "text", "speaker", "start", "duration", "channel", "words"
 )  # fmt: skip
 
 
@@ -151,7 +160,8 @@ def from_json(kind: str, line: str) -> Input:
 
 
 def to_json(each: Input) -> str:
-    return json.dumps(asdict(each), ensure_ascii=False)
+    # In ASCII: a text may hold ends of lines of Unicode's own, and a file's name no Unicode.
+    return json.dumps(asdict(each))
 
 
 def _digest(path: Path, by_content: bool) -> str:
@@ -161,7 +171,7 @@ def _digest(path: Path, by_content: bool) -> str:
                 return f"sha256:{hashlib.file_digest(opened, 'sha256').hexdigest()}"
         digest = hashlib.sha256()
         for name, file in _files(path):
-            digest.update(f"{name}\0{file.stat().st_size}\n".encode())
+            digest.update(os.fsencode(f"{name}\0{file.stat().st_size}\n"))
         return f"names and sizes sha256:{digest.hexdigest()}"
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
@@ -189,18 +199,26 @@ def _list_folder(folder: Path) -> Iterator[Utterance]:
     if not folder.is_dir():
         raise UserError(f"--folder {folder}: expected a folder, got none")
     found = False
-    for name, path in _files(folder):
-        if path.suffix.lower() not in AUDIO_SUFFIXES:
-            continue
-        found = True
-        yield Utterance(
-            id=str(Path(name).with_suffix("")),
-            where=str(path),
-            audio=str(path),
-            text_file=str(path.with_suffix(".txt")),
-        )
+    for _, files in groupby(_files(folder), key=lambda file: file[1].parent):
+        here = dict(files)
+        audio = {Path(name).with_suffix("") for name in here if _is_audio(name)}
+        for name, path in here.items():
+            stem = Path(name).with_suffix("")
+            # A transcript without audio is an input too: nothing is left out without a word.
+            if _is_audio(name) or (path.suffix == ".txt" and stem not in audio):
+                found |= _is_audio(name)
+                yield Utterance(
+                    id=str(stem),
+                    where=str(path),
+                    audio=str(path if _is_audio(name) else path.with_suffix(".*")),
+                    text_file=str(path.with_suffix(".txt")),
+                )
     if not found:
         raise UserError(f"--folder {folder}: expected files {', '.join(AUDIO_SUFFIXES)}, got none")
+
+
+def _is_audio(name: str) -> bool:
+    return Path(name).suffix.lower() in AUDIO_SUFFIXES
 
 
 # CSV and JSONL manifests --------------------------------------------------------------------------
@@ -218,6 +236,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, strict=True)
             columns = reader.fieldnames or ()  # reads the first line
+            _check_columns(columns, f"{path}, line 1")
             while True:
                 where = f"{path}, line {reader.line_num + 1}"
                 try:
@@ -245,21 +264,34 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 try:
                     row = json.loads(line)
                 except ValueError as error:
-                    raise UserError(f"{where}: not JSON ({error})") from None
+                    raise UserError(f"{where}: not JSON ({json_reason(error)})") from None
                 if not isinstance(row, dict):
                     raise UserError(f"{where}: expected an object, got {type(row).__name__}")
+                _check_columns(list(row), where)
                 yield where, {name: value for name, value in row.items() if value is not None}
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
 
 
-def _manifest_utterance(row: dict[str, Any], where: str, folder: Path) -> Utterance:
-    unknown = sorted(set(row) - set(MANIFEST_COLUMNS))
-    if unknown or "audio" not in row:
+def _check_columns(columns: Sequence[str], where: str) -> None:
+    names = set(columns)
+    if "audio" not in names or not names <= set(MANIFEST_COLUMNS) or len(names) < len(columns):
         raise UserError(
-            f"{where}: expected audio and, of {', '.join(MANIFEST_COLUMNS)}, what is known; "
-            + (f"got {', '.join(unknown)}" if unknown else "got no audio")
+            f"{where}: expected audio and, of {', '.join(MANIFEST_COLUMNS[1:])}, what is known, "
+            f"each once; got {', '.join(map(str, columns)) or 'nothing'}"
         )
+
+
+def json_reason(error: Exception) -> str:
+    """What is wrong with a line that is not JSON. It is one line: a number of it would mislead."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg}, at character {error.pos + 1}"
+    return str(error)
+
+
+def _manifest_utterance(row: dict[str, Any], where: str, folder: Path) -> Utterance:
+    if "audio" not in row:
+        raise UserError(f"{where}: expected audio, got none")
     audio = folder / str(row["audio"])
     try:
         words = row.get("words")

@@ -55,7 +55,7 @@ class Studio:
             if words is None and text is not None and stop - start <= ALIGNED:
                 words, chars = self._align(audio, start, stop, text, len(units))
         except AudioError as error:
-            return Skipped(utterance.where, str(error))
+            return Skipped(utterance.where, str(error).removeprefix(f"{utterance.where}: "))
         return Record(
             id=utterance.id,
             text=text,

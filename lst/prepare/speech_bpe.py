@@ -4,7 +4,6 @@ data/demo/speech_bpe.model      the pieces
 data/demo/speech_bpe.json       fingerprints of the model and of the codebook; written last
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import tyro
 from lst.data.interleave import stable_rng
 from lst.data.records import Dataset
 from lst.errors import UserError
+from lst.files import replacing, write_json, writing
 from lst.speech_bpe import SPEECH_BPE, SPEECH_BPE_INFO, SpeechBPE, train_speech_bpe
 
 __all__ = ["SpeechBPEConfig", "prepare_speech_bpe"]
@@ -67,9 +67,11 @@ def prepare_speech_bpe(config: SpeechBPEConfig) -> SpeechBPE:
         "seed": config.seed,
     }
     # Without its description a model is none, so that a half-written pair is never read.
-    (config.corpus / SPEECH_BPE_INFO).unlink(missing_ok=True)
-    bpe.save(config.corpus / SPEECH_BPE)
-    (config.corpus / SPEECH_BPE_INFO).write_text(json.dumps(facts, indent=1) + "\n")
+    with writing(config.corpus / SPEECH_BPE_INFO):
+        (config.corpus / SPEECH_BPE_INFO).unlink(missing_ok=True)
+    with replacing(config.corpus / SPEECH_BPE) as temporary:
+        bpe.save(temporary)
+    write_json(config.corpus / SPEECH_BPE_INFO, facts)
     return bpe
 
 
@@ -101,8 +103,7 @@ def _sample(num_records: int, config: SpeechBPEConfig) -> np.ndarray:
 def _utterances(datasets: list[Dataset], rows: np.ndarray) -> Iterator[np.ndarray]:
     first = 0
     for dataset in datasets:
-        for row in rows[(rows >= first) & (rows < first + len(dataset))]:
-            units = dataset[int(row) - first].units
-            if units is not None:
-                yield units
+        for record in dataset.read(rows[(rows >= first) & (rows < first + len(dataset))] - first):
+            if record.units is not None:
+                yield record.units
         first += len(dataset)

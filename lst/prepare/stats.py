@@ -99,14 +99,14 @@ def describe_dataset(config: StatsConfig) -> str:
     dataset = Dataset.open(config.dataset)
     info = dataset.info
     rows = range(0, len(dataset), -(-len(dataset) // config.sample))
-    lines = [
-        f"{config.dataset}: {info.num_records:,} records, {info.hours:,.2f} hours, "
-        f"{info.num_frames:,} units of {info.num_units}, {info.num_characters:,} characters"
-    ]
+    records = f"{config.dataset}: {info.num_records:,} records"
+    characters = f"{info.num_characters:,} characters"
     if not dataset.has_speech:
-        return lines[0]
-    lengths = word_lengths(dataset[row] for row in rows)
-    lines += [
+        return f"{records}, {characters}"
+    lengths = word_lengths(dataset.read(rows))
+    lines = [
+        f"{records}, {info.hours:,.2f} hours, {info.num_frames:,} units of {info.num_units}, "
+        f"{characters}",
         f"{lengths.num_records:,} of {len(rows):,} records looked at have aligned words: "
         f"{lengths.num_words:,} words, {lengths.num_empty_words:,} without a frame of their own, "
         f"{lengths.num_silences:,} silences",
@@ -132,9 +132,8 @@ def _patch_table(config: StatsConfig, dataset: Dataset, rows: range) -> str:
         pieces=tokenizer is not None,
         speech_bpe=speech_bpe is not None,
     )
-    records = (dataset[row] for row in rows)
     counts = patch_statistics(
-        records, dataset.info.num_units, tokenizer, strategies, speech_bpe=speech_bpe
+        dataset.read(rows), dataset.info.num_units, tokenizer, strategies, speech_bpe=speech_bpe
     )
     if not counts[0].num_records:
         return "none of the records looked at has speech"

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from lst.data.records import Record
 from lst.prepare.outcomes import Outcomes, Skipped
-from lst.prepare.sources import Part
+from lst.prepare.sources import Part, json_reason
 
 __all__ = ["Line", "lines_of", "text_records"]
 
@@ -52,7 +52,7 @@ def text_records(part: Part, source: str) -> Outcomes:
             yield make(line.content.decode("utf-8-sig"), f"{part.name}:{line.offset}", source)
         # UnicodeDecodeError and JSONDecodeError are ValueErrors.
         except (ValueError, RecursionError) as error:
-            yield Skipped(where_of(part, line), str(error))
+            yield Skipped(where_of(part, line), json_reason(error))
 
 
 def lines_of(part: Part) -> Iterator[Line | Skipped]:

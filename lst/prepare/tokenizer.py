@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lst.data.records import Dataset
 from lst.errors import UserError
-from lst.prepare.files import writing
+from lst.files import replacing, writing
 from lst.prepare.outcomes import Skipped
 from lst.prepare.sources import Part, Sources, list_inputs
 from lst.prepare.text import text_records
@@ -89,28 +89,15 @@ def _put(tokenizer: Tokenizer, folder: Path) -> None:
                 )
             return
     path = folder / tokenizer.file_name
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with writing(path):
-        try:
-            tokenizer.save(temporary)
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        tokenizer.save(temporary)
 
 
 def _texts(paths: Iterable[Path]) -> Iterator[str]:
     """Every text in order; a bad one is an error."""
     for path in paths:
         if (path / "dataset.json").is_file():
-            dataset = Dataset.open(path)
-            records = (
-                each
-                for shard in range(len(dataset.info.shards))
-                for each in dataset.read_shard(shard)
-            )
-            yield from (each.text for each in records if each.text)
+            yield from (each.text for each in Dataset.open(path).read() if each.text)
             continue
         for part in list_inputs(Sources(text=(path,))):
             assert isinstance(part, Part)

@@ -1,6 +1,5 @@
 """``python -m lst.prepare units``: fit a codebook of speech units to a sample of a corpus."""
 
-import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lst.errors import UserError
-from lst.prepare.files import writing
+from lst.files import replacing, writing
 from lst.prepare.sources import Sources, Utterance, list_inputs, source_kind
 from lst.prepare.speech import open_audio
 from lst.speech.audio import AudioError, sample_range
@@ -63,7 +62,6 @@ def fit_codebook(config: CodebookConfig) -> str:
     if not waveforms:
         first = passed_over[0] if passed_over else "none in the source"
         raise UserError(f"expected speech to fit speech units to, got none that is fit: {first}")
-    temporary = config.out.with_name(f".{config.out.name}.tmp")
     if config.hubert is None:
         codebook = LogMelKMeans.fit(waveforms, num_units=config.codes, seed=config.seed)
         save = codebook.save
@@ -81,8 +79,8 @@ def fit_codebook(config: CodebookConfig) -> str:
         ).save
     with writing(config.out):
         config.out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(config.out) as temporary:
         save(temporary)
-        os.replace(temporary, config.out)
     minutes = sum(map(len, waveforms)) / SAMPLE_RATE / 60
     line = f"{config.out}: {config.codes} codes, fitted to {minutes:.1f} minutes of speech"
     return line + (f" ({len(passed_over)} files passed over)" if passed_over else "")
@@ -106,7 +104,8 @@ def _sample(config: CodebookConfig, passed_over: list[str]) -> Iterator[np.ndarr
                 start, stop = sample_range(audio, utterance.start, utterance.duration)
                 waveform = audio.read(start, min(stop, start + AT_MOST, start + missing))
             except AudioError as error:
-                passed_over.append(f"{utterance.where}: {error}")
+                reason = str(error).removeprefix(f"{utterance.where}: ")
+                passed_over.append(f"{utterance.where}: {reason}")
                 continue
             yield waveform
             bar.update(len(waveform) // SAMPLE_RATE)

@@ -11,6 +11,7 @@ sound never has to be in memory.
     audio.read(16_000, 32_000)        # (16000,) float32, the second second
 """
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from math import gcd
@@ -90,7 +91,7 @@ class AudioReader:
         if not path.is_file():
             raise AudioError(f"{path}: expected an audio file, got none")
         try:
-            file = soundfile.SoundFile(path)
+            file = soundfile.SoundFile(os.fsencode(path))  # of any bytes, Unicode or not
         except (soundfile.SoundFileError, OSError) as error:
             raise AudioError(f"{path}: not readable as audio ({_one_line(error)})") from None
         missing = _missing_end(file.extra_info)

@@ -38,6 +38,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 
 from lst.errors import UserError
+from lst.files import fsync, write_json, writing
 from lst.model import LanguageModel, build_model
 from lst.speech_bpe import SPEECH_BPE, SpeechBPE
 from lst.train.anomalies import Recent
@@ -53,7 +54,7 @@ from lst.train.manifest import (
 )
 from lst.train.metrics import Seen
 from lst.train.optimizer import optimizer_tensors
-from lst.train.run_folder import CHECKPOINTS, CONFIG, fsync, write_json, writing
+from lst.train.run_folder import CHECKPOINTS, CONFIG
 from lst.vocabulary import Tokenizer, Vocabulary
 
 FORMAT = 3  # of state.json; raised when an older reader would misread a newer checkpoint

@@ -35,12 +35,14 @@ def open_corpus(config: DataConfig) -> Corpus:
             f"make one by python -m lst.prepare demo --out {folder}"
         )
     tokenizer = Tokenizer.load(folder)
-    # The codebook itself says which units these are; a corpus of text alone has none.
-    codebook = folder / "codebook.safetensors"
-    files = {
-        "tokenizer": tokenizer.fingerprint,
-        "codebook": fingerprint(codebook) if codebook.exists() else None,
-    }
+    files = made_with(folder, tokenizer)
+    there = (folder / "train").folders()
+    for name in config.datasets:
+        if name not in there:
+            raise UserError(
+                f"{folder}: expected a mixture of its datasets in train/, "
+                f"{', '.join(there) or 'which has none'}; got {name!r}"
+            )
     train = {name: Dataset.open(folder / "train" / name, **files) for name in config.datasets}
     codebooks = {data.info.codebook for data in train.values() if data.info.codebook is not None}
     if len(codebooks) > 1:
@@ -62,6 +64,17 @@ def open_corpus(config: DataConfig) -> Corpus:
         valid={name: Dataset.open(valid / name, **files) for name in names},
         items=read_items(items, **files) if items.exists() else [],
     )
+
+
+def made_with(corpus: Location, tokenizer: Tokenizer) -> dict[str, str | None]:
+    """Fingerprints of what the corpus is made with, as ``Dataset.open`` and ``read_items`` check
+    them."""
+    # The codebook itself says which units these are; a corpus of text alone has none.
+    codebook = corpus / "codebook.safetensors"
+    return {
+        "tokenizer": tokenizer.fingerprint,
+        "codebook": fingerprint(codebook) if codebook.exists() else None,
+    }
 
 
 def check_same_data(corpus: Corpus, state: State, where: str) -> None:

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lst.errors import UserError
+from lst.files import write_json, writing
 from lst.train.distributed import SharedError, World
-from lst.train.run_folder import write_json, writing
 
 MANIFEST = "manifest.json"
 TENSORS = ".safetensors"  # files of this kind are read because they are there

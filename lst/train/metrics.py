@@ -29,6 +29,7 @@ from tqdm import tqdm
 from lst import flops
 from lst.data.records import FRAMES_PER_SECOND
 from lst.errors import UserError
+from lst.files import replacing, write_atomically, writing
 from lst.model import ModelConfig
 from lst.train.config import TrainConfig, to_json
 from lst.train.mfu import Peak
@@ -38,8 +39,6 @@ from lst.train.run_folder import (
     METRICS,
     TENSORBOARD,
     WANDB_ID,
-    write_atomically,
-    writing,
 )
 from lst.vocabulary import Vocabulary
 
@@ -468,7 +467,5 @@ def plot_losses(lines: list[dict[str, Any]], path: Path) -> None:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
-    temporary = path.with_name(f".{path.name}.tmp")
-    with writing(path):
+    with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
-        temporary.replace(path)

@@ -1,4 +1,4 @@
-"""The folder of a run: what is in it, who may start one there, and writing that is all or nothing.
+"""The folder of a run: what is in it, who may start one there.
 
 ::
 
@@ -14,11 +14,10 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from lst.errors import UserError
+from lst.files import write_json, writing
 from lst.train.config import TrainConfig, read_config, to_json
 
 CONFIG = "config.json"
@@ -45,44 +44,6 @@ CONTENTS = (
 )
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of a file system that knows none
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """A system error met in writing ``path`` becomes a UserError that names it."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
-
-
-def write_atomically(path: Path, text: str, *, writer: int = 0) -> None:
-    """Write a file that is either the old one or the whole new one, whenever the power fails.
-
-    Args:
-        writer: tells processes apart that may write the same file at the same time.
-    """
-    temporary = path.with_name(f".{path.name}{writer or ''}.tmp")
-    with writing(path):
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        fsync(path.parent)
-
-
-def fsync(path: Path) -> None:
-    """Push a file, or a folder's list of names, down to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_json(path: Path, values: object) -> None:
-    write_atomically(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
 
 
 class RunLock:

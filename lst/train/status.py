@@ -32,10 +32,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from lst.errors import UserError
+from lst.files import write_atomically
 from lst.train.config import TrainConfig
 from lst.train.distributed import launched_rank
 from lst.train.interrupt import Interrupt
-from lst.train.run_folder import STATUS, RunLock, create_run, write_atomically
+from lst.train.run_folder import STATUS, RunLock, create_run
 
 EVERY = 10.0  # seconds between two words of a run that is running
 LOCK_SECONDS = 5.0
@@ -136,7 +137,7 @@ class Status:
             self._values |= {"state": state, **values}
             self._written = time.monotonic()
             text = json.dumps(self._values | {"time": _now()}, indent=1) + "\n"
-            write_atomically(self._out / STATUS, text, writer=self._rank)
+            write_atomically(self._out / STATUS, text)
         except UserError as error:  # a disk that is full does not end the run
             print(error, flush=True)
         finally:

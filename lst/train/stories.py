@@ -5,14 +5,14 @@ from dataclasses import asdict
 import torch
 
 from lst.evaluate import format_table, story_completion
-from lst.files import Location
+from lst.files import Location, write_atomically, write_json
 from lst.model import LanguageModel
 from lst.train.config import TrainConfig
 from lst.train.corpus import Corpus
 from lst.train.distributed import World
 from lst.train.interrupt import Interrupt, Stopped
 from lst.train.metrics import MetricsLog
-from lst.train.run_folder import STORIES, write_atomically, write_json
+from lst.train.run_folder import STORIES
 
 
 def complete_stories(

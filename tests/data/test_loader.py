@@ -226,10 +226,14 @@ def test_a_record_that_cannot_be_read_is_one_line_from_a_worker_too(
     assert not multiprocessing.active_children()
 
 
-def test_a_record_that_is_not_of_the_kind_is_named_with_its_file(make_loader):
-    loader = make_loader(mixture={"bare:text": 1.0})
-    with pytest.raises(UserError, match=r"^\S*bare/shard-00000\.parquet, row \d, record 'b\d': "):
-        steps(loader, 1)
+@pytest.mark.parametrize(
+    ("kind", "need"),
+    [("text", "text"), ("interleaved", "words"), ("speech-to-text", "text")],
+)
+def test_a_record_that_is_not_of_the_kind_is_named_before_the_first_step(make_loader, kind, need):
+    message = rf"'bare:{kind}' .* {need} in every record, .*bare/shard-00000\.parquet, row \d;"
+    with pytest.raises(UserError, match=message):
+        make_loader(mixture={f"bare:{kind}": 1.0})
 
 
 def test_a_corpus_is_read_from_a_url_too(corpus, make_loader):
@@ -256,7 +260,7 @@ BAD_CONFIGS = {
     "mixture": ({"mixture": {}}, "expected a mixture of at least one dataset"),
     "weight": ({"mixture": {"text": 0.0}}, "expected a weight above 0 for 'text', got 0.0"),
     "kind": ({"mixture": {"text:song": 1.0}}, "expected a mixture of DATASET or DATASET:KIND"),
-    "no speech": ({"mixture": {"text:speech": 1.0}}, "'text:speech' .* a dataset of speech, got"),
+    "no speech": ({"mixture": {"text:speech": 1.0}}, "'text:speech' .* expected units in every"),
     "twins": ({"mixture": {"text": 1.0, "text:auto": 1.0}}, "'text:auto' and 'text' .* the same"),
     "workers": ({"num_workers": -1}, "expected 0 or more workers, got -1"),
     "folder": ({"mixture": {"songs": 1.0}}, "train/songs: expected a dataset folder"),

@@ -74,6 +74,15 @@ def records(draw):
     return record(draw(st.text(min_size=1)), text, units, words, chars=chars, speaker=speaker)
 
 
+def test_rows_are_read_with_one_shard_in_memory_at_a_time(tmp_path):
+    dataset = write(tmp_path, [record(id=f"r{index}") for index in range(10)], rows_per_shard=3)
+    rows = [0, 2, 3, 8, 9]
+    assert [each.id for each in dataset.read(rows)] == [f"r{row}" for row in rows]
+    assert [each.id for each in dataset.read()] == [f"r{row}" for row in range(10)]
+    assert list(dataset.read(np.zeros(0, int))) == []
+    assert dataset._columns == [None] * 4
+
+
 @given(st.lists(records(), min_size=1, max_size=7), st.integers(1, 3), st.randoms())
 @settings(deadline=None, derandomize=True, max_examples=30)
 def test_records_are_read_back_in_any_order(tmp_path_factory, written, rows_per_shard, random):

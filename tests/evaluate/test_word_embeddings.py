@@ -4,6 +4,7 @@ what their definitions say, pair by pair."""
 import itertools
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -150,11 +151,16 @@ def test_the_command_measures_and_draws(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     model, plan = make_model()
     monkeypatch.setattr(module, "load_model", lambda *_: (model, Trained(plan), VOCABULARY, Cut()))
-    monkeypatch.setattr(module.Dataset, "open", lambda *_, **__: RECORDS * 3)
+    records = SimpleNamespace(read=lambda: RECORDS * 3)
+    monkeypatch.setattr(module.Dataset, "open", lambda *_, **__: records)
+    monkeypatch.chdir(tmp_path)
     words = tmp_path / "words.json"
     words.write_text(json.dumps({"things": ["Fox", "home"], "none": ["whale"]}))
     command = ["", str(tmp_path), "--categories", str(words), "--least", "3"]
     monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(UserError, match="corpus/valid/speech: expected a dataset of speech, got n"):
+        module.main()
+    (tmp_path / "corpus/valid/speech").mkdir(parents=True)
     module.main()
     assert "9 vectors of 2 words: cosine within a word" in capsys.readouterr().out
     found = json.loads((tmp_path / "word_embeddings.json").read_text())

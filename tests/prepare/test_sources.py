@@ -3,6 +3,7 @@ at their times, and a bad manifest is an error that names file and record."""
 
 import gzip
 import json
+import os
 import re
 import sys
 
@@ -236,6 +237,25 @@ def test_a_bad_lhotse_manifest_is_named_with_its_line(tmp_path, session, prepare
     assert not (tmp_path / "made" / "plan.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("m.jsonl.gz", gzip.compress(SEGMENT.encode())[:40]),
+        ("m.jsonl.gz", SEGMENT.encode()),
+        ("m.jsonl", gzip.compress(SEGMENT.encode())),
+    ],
+    ids=["cut short", "not compressed", "compressed"],
+)
+def test_a_lhotse_manifest_that_is_damaged_is_told_in_one_short_line(
+    tmp_path, prepare, name, content
+):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name}, line 1: (cannot be read|not a lh)") as raised:
+        prepare(cuts=(tmp_path / name,))
+    assert len(str(raised.value).removeprefix(str(tmp_path))) < 150
+    assert str(raised.value).isprintable()
+
+
 def test_an_absent_manifest_is_named(tmp_path, prepare):
     with pytest.raises(UserError, match=r"cuts\.jsonl\.gz: expected a file or a folder"):
         prepare(cuts=(tmp_path / "cuts.jsonl.gz",))
@@ -310,14 +330,21 @@ def test_manifests_of_ones_own(tmp_path, spoken_folder, sentences, codebook, pre
 
 BAD_ROWS = {
     "a.csv": ("audio,words,text\nx.wav,[],a,b\n", r"a\.csv, line 2: expected 3 columns"),
-    "b.csv": ("audio,text,colour\nx.wav,hi,red\n", r"b\.csv, line 2: .*got colour"),
-    "c.csv": ("file,text\n", None),
+    "b.csv": ("audio,text,colour\nx.wav,hi,red\n", r"b\.csv, line 1: .*; got audio, text, colour$"),
+    "c.csv": ("file,text\n", r"c\.csv, line 1: expected audio .*; got file, text$"),
     "d.csv": ("audio,start\nx.wav,soon\n", r"d\.csv, line 2: expected numbers for start"),
-    "e.jsonl": ('{"audio": "x.wav"}\n{"audio"\n', r"e\.jsonl, line 2: not JSON"),
+    "e.jsonl": (
+        '{"audio": "x.wav"}\n{"audio"\n',
+        r"e\.jsonl, line 2: not JSON \(Expecting ':' delimiter, at character \d+\)$",
+    ),
     "f.jsonl": ("[1]\n", r"f\.jsonl, line 1: expected an object, got list"),
-    "g.jsonl": ('{"text": "hi"}\n', r"g\.jsonl, line 1: .*got no audio"),
+    "g.jsonl": ('{"text": "hi"}\n', r"g\.jsonl, line 1: expected audio .*; got text$"),
     "h.jsonl": ('{"audio": "x.wav", "words": [["hi", 0, 1]]}\n', r"h\.jsonl, line 1: .*for words"),
     "i.tsv": ("audio\n", r"i\.tsv: expected a \.csv or \.jsonl file"),
+    "k.csv": ("", r"k\.csv, line 1: expected audio .*; got nothing$"),
+    "l.csv": ("audio,text,audio\nx.wav,hi,y.wav\n", r"l\.csv, line 1: .* each once; got"),
+    "m.csv": ("audio,text\n", r"m\.csv: expected something to prepare, got nothing$"),
+    "n.csv": ("audio,text\n,hi\n", r"n\.csv, line 2: expected audio, got none$"),
     "j.csv": (b"audio,text\nx.wav,\xff\n", r"j\.csv: cannot be read"),
 }
 
@@ -326,15 +353,51 @@ BAD_ROWS = {
 def test_a_bad_manifest_is_named_with_its_line_and_nothing_is_begun(tmp_path, prepare, name):
     content, message = BAD_ROWS[name]
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UserError, match=message or "expected something to prepare, got nothing"):
+    with pytest.raises(UserError, match=message):
         prepare(manifest=(tmp_path / name,))
     assert not (tmp_path / "made" / "plan.json").exists()
 
 
 def test_two_inputs_of_one_name_are_refused(tmp_path, spoken_folder, prepare):
     (spoken_folder / "book0" / "0.wav").write_bytes(b"")
-    with pytest.raises(UserError, match=r"0\.wav: its name 'book0/0' is another input's as well"):
+    with pytest.raises(UserError, match=r"0\.wav: its id 'book0/0' is another input's as well"):
         prepare(folder=spoken_folder)
+
+
+def test_a_transcript_without_audio_is_listed_not_lost(tmp_path, spoken_folder, prepare):
+    (spoken_folder / "book1" / "7.txt").write_text("Nobody speaks this.\n")
+    assert len(prepare(folder=spoken_folder, max_skipped_share=0.2)) == 6
+    (line,) = (tmp_path / "made" / "skipped.jsonl").read_text().splitlines()
+    skipped = json.loads(line)
+    assert skipped["where"] == str(spoken_folder / "book1" / "7.txt")
+    assert "expected an audio file, got none" in skipped["reason"]
+
+
+def test_a_reason_names_its_file_once(tmp_path, spoken_folder, prepare):
+    damaged = spoken_folder / "book0" / "0.flac"
+    damaged.write_bytes(damaged.read_bytes()[:3000])
+    prepare(folder=spoken_folder, max_skipped_share=0.2)
+    (line,) = (tmp_path / "made" / "skipped.jsonl").read_text().splitlines()
+    assert line.count("0.flac") == 1
+
+
+def test_texts_with_ends_of_lines_of_unicode_are_whole(tmp_path, spoken_folder, prepare):
+    rows = [
+        {"audio": "spoken/book0/0.flac", "text": "one\u2028two\x85three", "id": "a\x85b"},
+        {"audio": "spoken/book1/1.flac", "text": "half \ud83d"},  # JSON may hold half a pair
+    ]
+    path = tmp_path / "m.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (record,) = prepare(manifest=(path,), max_skipped_share=0.5)
+    assert (record.id, record.text) == ("a\x85b", "one two three")
+
+
+def test_file_names_that_are_no_unicode_are_skipped_by_name(tmp_path, spoken_folder, prepare):
+    name = os.fsencode(spoken_folder / "book0" / "0.flac").replace(b"0.flac", b"\xff.flac")
+    os.rename(spoken_folder / "book0" / "0.flac", name)
+    assert len(prepare(folder=spoken_folder, max_skipped_share=0.5, untranscribed=True)) == 5
+    lines = (tmp_path / "made" / "skipped.jsonl").read_text().splitlines()
+    assert any("\\udcff" in line for line in lines)
 
 
 BAD_OPTIONS = [
