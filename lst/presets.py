@@ -75,6 +75,7 @@ def _paper(
         validate_every=5 * checkpoint_every,
         checkpoint_every=checkpoint_every,
         precision="bfloat16",
+        compile=True,
     )
 
 

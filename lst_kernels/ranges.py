@@ -164,8 +164,6 @@ class KeyRanges:
                     f"{int(index[i - 1])} to {int(index[i])}"
                 )
         selected = KeyRanges(self.start[index], self.stop[index], self.num_keys)
-        if _is_host(selected.start):
-            return selected
         return tighten(selected, max_keys=self.max_keys, disjoint=self.disjoint)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "KeyRanges":
@@ -208,9 +206,15 @@ def causal_ranges(
 def tighten(
     ranges: KeyRanges, *, max_keys: int, disjoint: bool = False, slots: int = 0
 ) -> KeyRanges:
-    """Give ranges made on a device the bounds their maker knows; exact ones stay as they are."""
+    """Give ranges made on a device the bounds their maker knows; exact ones stay as they are.
+
+    Exact ones that read nothing at all are of any kind: they get their maker's, so that a stream
+    without readers is no other kind to compiled code.
+    """
     if _is_host(ranges.start):
-        return ranges
+        if ranges.num_pairs:
+            return ranges
+        return assemble(**vars(ranges) | {"disjoint": disjoint, "slots": slots})
     bounds = {
         "num_pairs": ranges.num_queries * max_keys,
         "max_keys": max_keys,

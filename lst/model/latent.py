@@ -33,8 +33,9 @@ from torch import Tensor, nn
 
 from lst.data.batch import Batch, Split
 from lst.model.config import ModelConfig
+from lst.model.cross_entropy import row_losses, token_losses
 from lst.model.global_transformer import GlobalTransformer
-from lst.model.layers import Draw, initialise, token_losses, truncated_normal
+from lst.model.layers import Draw, RMSNorm, initialise, stream, truncated_normal
 from lst.model.patch_decoder import PatchDecoder
 from lst.model.patch_encoder import PatchEncoder
 from lst.vocabulary import Vocabulary
@@ -59,7 +60,7 @@ class LanguageModel(nn.Module, ABC):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(vocabulary.size, dim)
-        self.norm = nn.RMSNorm(dim, eps=config.norm_eps)
+        self.norm = RMSNorm(dim, eps=config.norm_eps)
         self.head = nn.Linear(dim, vocabulary.size, bias=False)
         self.tie()
 
@@ -87,6 +88,15 @@ class LanguageModel(nn.Module, ABC):
     def logits(self, batch: Batch) -> Tensor:
         """(T, V) scores of the next token at every position; −inf for what cannot follow."""
 
+    def token_losses(self, x: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
+        """(T,) float32 losses in nats of what ``head`` reads (T, d); 0 where there is no target."""
+        return token_losses(x, head, targets, row_losses=self.row_losses)
+
+    @staticmethod
+    def row_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        """Those of few rows at a time; training may put compiled code here."""
+        return row_losses(x, weight, targets)
+
     @abstractmethod
     def forward(self, batch: Batch) -> Tensor:
         """(T,) float32 losses in nats of ``batch.targets``; 0 where there is none."""
@@ -103,7 +113,7 @@ class OneHead(LanguageModel):
         return self.head(self.norm(self.states(batch)))
 
     def forward(self, batch: Batch) -> Tensor:
-        return token_losses(self.norm(self.states(batch)), self.head, batch.targets)
+        return self.token_losses(self.norm(self.states(batch)), self.head, batch.targets)
 
 
 class LatentSpeechTextTransformer(OneHead):
@@ -120,7 +130,7 @@ class LatentSpeechTextTransformer(OneHead):
         return _branches(self.config)
 
     def states(self, batch: Batch) -> Tensor:
-        h, u = self.encoder(self.embedding(batch.tokens), batch)
+        h, u = self.encoder(stream(self.embedding(batch.tokens)), batch)
         return self.decoder(h, self.global_transformer(u, batch), batch)
 
 
@@ -143,7 +153,7 @@ class GlobalTextTransformer(LanguageModel):
         self.encoder = PatchEncoder(config)
         self.global_transformer = GlobalTransformer(config)
         self.decoder = PatchDecoder(config)
-        self.speech_norm = nn.RMSNorm(dim, eps=config.norm_eps)
+        self.speech_norm = RMSNorm(dim, eps=config.norm_eps)
         self.speech_head = nn.Linear(dim, vocabulary.speech_size, bias=False)
         self.initialise()
 
@@ -153,8 +163,10 @@ class GlobalTextTransformer(LanguageModel):
     def states(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """What the heads read, before their norms: text (Tt, d_global), speech (Ts, d_local)."""
         split = _split(batch)
-        h, u = self.encoder(self.speech_embedding(split.speech_tokens), batch)
-        x = torch.cat((u, self.embedding(split.text_tokens))).index_select(0, split.patch_rows)
+        h, u = self.encoder(stream(self.speech_embedding(split.speech_tokens)), batch)
+        x = torch.cat((u, stream(self.embedding(split.text_tokens)))).index_select(
+            0, split.patch_rows
+        )
         z = self.global_transformer(x, batch)
         h = self.decoder(h, z.index_select(0, split.read_patches), batch)
         return z.index_select(0, split.text_patches), h
@@ -170,8 +182,8 @@ class GlobalTextTransformer(LanguageModel):
     def forward(self, batch: Batch) -> Tensor:
         split = _split(batch)
         text, speech = self.states(batch)
-        speech = token_losses(self.speech_norm(speech), self.speech_head, split.speech_targets)
-        text = token_losses(self.norm(text), self.head, split.text_targets)
+        speech = self.token_losses(self.speech_norm(speech), self.speech_head, split.speech_targets)
+        text = self.token_losses(self.norm(text), self.head, split.text_targets)
         return torch.cat((speech, text)).index_select(0, split.token_rows)
 
 
@@ -192,7 +204,7 @@ class TokenLevelTransformer(OneHead):
         return {"global_transformer": 2 * self.config.global_transformer.layers}
 
     def states(self, batch: Batch) -> Tensor:
-        return self.global_transformer(self.embedding(batch.tokens), batch)
+        return self.global_transformer(stream(self.embedding(batch.tokens)), batch)
 
 
 def build_model(config: ModelConfig, vocabulary: Vocabulary) -> LanguageModel:

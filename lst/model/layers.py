@@ -16,7 +16,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from lst.model.config import RopeScaling, StackConfig
 
@@ -64,6 +63,13 @@ def rotate(x: Tensor, by: Rotation) -> Tensor:
     return turned.to(x.dtype)
 
 
+class RMSNorm(nn.RMSNorm):
+    """In the precision of its weight: float32, but for the weights that FSDP gathers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
 class FeedForward(nn.Module):
     """SwiGLU."""
 
@@ -98,14 +104,18 @@ class Layer(nn.Module):
 
     def __init__(self, config: StackConfig, eps: float) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.dim, eps=eps)
+        self.attention_norm = RMSNorm(config.dim, eps=eps)
         self.attention = SelfAttention(config)
-        self.feed_forward_norm = nn.RMSNorm(config.dim, eps=eps)
+        self.feed_forward_norm = RMSNorm(config.dim, eps=eps)
         self.feed_forward = FeedForward(config)
 
     def forward(self, x: Tensor, by: Rotation, attention: Attention) -> Tensor:
         x = x + self.attention(self.attention_norm(x), by, attention)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        return x + self.feed(x)
+
+    def feed(self, x: Tensor) -> Tensor:
+        """The feed-forward branch."""
+        return self.feed_forward(self.feed_forward_norm(x))
 
 
 @torch.no_grad()
@@ -139,28 +149,9 @@ def initialise(module: nn.Module, residual_branches: int, draw: Draw = truncated
             nn.init.ones_(child.weight)
 
 
-def token_losses(x: Tensor, head: nn.Linear, targets: Tensor, rows: int = 1024) -> Tensor:
-    """Cross-entropy of every row, without ever holding all logits.
-
-    Args:
-        x: (T, d) what the head reads.
-        head: d → V.
-        targets: (T,) int64 ids; a negative one carries no loss.
-        rows: rows whose logits live at a time. They are computed again in the backward pass.
-
-    Returns:
-        (T,) float32, nats; 0 where the target is negative.
-    """
-
-    def losses(x: Tensor, targets: Tensor) -> Tensor:
-        logits = head(x).float()
-        return F.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
-
-    if not torch.is_grad_enabled():
-        pieces = [losses(*piece) for piece in zip(x.split(rows), targets.split(rows), strict=True)]
-    else:
-        pieces = [
-            checkpoint(losses, *piece, use_reentrant=False)
-            for piece in zip(x.split(rows), targets.split(rows), strict=True)
-        ]
-    return torch.cat(pieces)
+def stream(embeddings: Tensor) -> Tensor:
+    """Where the residual stream begins: under autocast in the precision of the products."""
+    device = embeddings.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return embeddings.to(torch.get_autocast_dtype(device))
+    return embeddings

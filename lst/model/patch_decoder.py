@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lst.data.batch import Batch
 from lst.model.config import ModelConfig
-from lst.model.layers import Attention, Layer, Rotation
+from lst.model.layers import Attention, Layer, RMSNorm, Rotation
 from lst.model.patch_encoder import token_attention, token_rotation
 from lst_kernels import range_attention
 
@@ -28,7 +28,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.stack = config.decoder
         dim = self.stack.dim
-        self.cross_norm = nn.RMSNorm(dim, eps=config.norm_eps)
+        self.cross_norm = RMSNorm(dim, eps=config.norm_eps)
         self.cross_query = nn.Linear(dim, dim, bias=False)
         self.cross_output = nn.Linear(dim, dim, bias=False)
         self.layer = Layer(self.stack, config.norm_eps)
@@ -51,7 +51,7 @@ class PatchDecoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         stack, self.config = config.decoder, config
-        self.patch_norm = nn.RMSNorm(stack.dim, eps=config.norm_eps)
+        self.patch_norm = RMSNorm(stack.dim, eps=config.norm_eps)
         self.key_value = nn.Linear(stack.dim, stack.layers * 2 * stack.dim, bias=False)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(stack.layers))
 

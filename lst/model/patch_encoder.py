@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lst.data.batch import Batch
 from lst.model.config import ModelConfig
-from lst.model.layers import Attention, Layer, Rotation, rotation
+from lst.model.layers import Attention, Layer, RMSNorm, Rotation, rotation
 from lst_kernels import PatchLayout, patch_pool, range_attention, sliding_window_attention
 
 
@@ -55,8 +55,8 @@ class PatchEncoder(nn.Module):
         stack, self.config = config.encoder, config
         self.layers = nn.ModuleList(Layer(stack, config.norm_eps) for _ in range(stack.layers))
         self.slot_queries = nn.Linear(stack.dim, config.slots * stack.dim, bias=False)
-        self.query_norm = nn.RMSNorm(stack.dim, eps=config.norm_eps)
-        self.token_norm = nn.RMSNorm(stack.dim, eps=config.norm_eps)
+        self.query_norm = RMSNorm(stack.dim, eps=config.norm_eps)
+        self.token_norm = RMSNorm(stack.dim, eps=config.norm_eps)
         self.query = nn.Linear(stack.dim, stack.dim, bias=False)
         self.key_value = nn.Linear(stack.dim, 2 * stack.dim, bias=False)
         self.output = nn.Linear(stack.dim, stack.dim, bias=False)
@@ -80,4 +80,6 @@ class PatchEncoder(nn.Module):
         read = range_attention(
             self.query(self.query_norm(q)).unflatten(-1, heads), k, v, batch.encoder_ranges
         )
-        return (q + self.output(read.flatten(1))).view(-1, slots * stack.dim)
+        # Views are added: compiled code would tell a stream that is a view from one that is none.
+        wide = (-1, slots * stack.dim)
+        return q.view(wide) + self.output(read.flatten(1)).view(wide)

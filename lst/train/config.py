@@ -58,6 +58,9 @@ class ParallelConfig:
             )
 
 
+Checkpointing = Literal["none", "selective", "full"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A training run."""
@@ -78,6 +81,11 @@ class TrainConfig:
     log_every: int = 10  # steps
     precision: Literal["float32", "bfloat16"] = "float32"  # of matrix products; weights: float32
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
+    compile: bool = False  # every transformer block, by torch.compile; changes the rounding alone
+    checkpointing: Checkpointing = "none"  # activations computed again in the backward pass: none,
+    # those of feed-forward branches, or all within a block
+    float8: bool = False  # products of the global transformer in eight bits, on GPUs that can
+    profile: bool = False  # trace a few steps after the first ones into profile/ of the run folder
     evaluate: bool = True  # story completion at the end
     max_skipped: int = 5  # updates in a row that may not be finite; the last of them ends the run
     hang_timeout: float = 45.0  # seconds without progress that end the run; 0: none do
@@ -121,6 +129,9 @@ FREE_ON_RESUME = frozenset(
         "keep_every",
         "log_every",
         "device",
+        "compile",
+        "checkpointing",
+        "profile",
         "parallel.strategy",
         "parallel.replicas",
         "evaluate",

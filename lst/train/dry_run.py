@@ -13,10 +13,10 @@ copies                    one process and DDP: bfloat16 of what is multiplied, 2
                           e + 4 of a block or, at the end, of the root
 sums of micro-batches     FSDP with several of them: 4 bytes of every parameter of the whole model
 activations (an estimate) what the backward pass reads again, see below
-logits (an estimate)      of 1,024 rows at a time: (12 + 2 e) V bytes a row
+logits (an estimate)      of some rows at a time (0.5 GiB of float32): (12 + 2 e) V bytes a row
 ========================= =======================================================================
 
-Activations of a row of the residual stream, d wide, s bytes a number (4 under autocast, else e)::
+Activations of a row of the residual stream, d wide, s bytes a number (e in training)::
 
     a layer    2 s d                    its two norms' inputs
                e (2 d + q + 2 d + d)    their outputs; queries, keys, values (q); rotated; attended
@@ -27,10 +27,15 @@ Activations of a row of the residual stream, d wide, s bytes a number (4 under a
                (s + e) S d + 2 L e d S  of the decoder's: norm; keys and values of L layers
     a head     (s + e) d                norm
 
+Checkpointing leaves out, and holds of one block at a time, "selective": e d + 4 e f of a layer;
+"full": all of a block but its input, s d. Compiled blocks keep less than eager ones, of which the
+formula is: norms' outputs and SwiGLU's product are computed again where they are read.
+
 What CUDA, NCCL and the allocator keep for themselves (1 to 3 GB) is not in it.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from math import ceil, prod
 
 import torch
@@ -48,17 +53,18 @@ from lst.flops import (
     training_flops,
 )
 from lst.model import LanguageModel, build_model, count_parameters
+from lst.model.cross_entropy import piece_rows
 from lst.model.global_transformer import GlobalTransformer
 from lst.model.layers import Layer
 from lst.model.patch_decoder import DecoderLayer, PatchDecoder
 from lst.model.patch_encoder import PatchEncoder
-from lst.train.config import ParallelConfig, TrainConfig
+from lst.train.blocks import blocks
+from lst.train.config import Checkpointing, ParallelConfig, TrainConfig
 from lst.train.distributed import launched_processes
-from lst.train.parallel import blocks, choose_strategy, num_parameters, num_replicas
+from lst.train.parallel import choose_strategy, num_parameters, num_replicas
 from lst.vocabulary import Vocabulary
 
 SHARDED = ("fsdp", "hsdp")
-LOGIT_ROWS = 1024  # of lst.model.layers.token_losses
 
 
 def dry_run(config: TrainConfig, gpus: int | None = None) -> str:
@@ -125,7 +131,6 @@ def _memory(
 ) -> Iterator[str]:
     sharded = shards is not None
     product = 2 if config.precision == "bfloat16" else 4
-    stream = product if sharded else 4
     own = own_parameters(model, shards or 1)
     rows = expected_rows(config, mix) * (1 / (gpus * config.accumulation))
     lines = {
@@ -136,7 +141,9 @@ def _memory(
         "sums of micro-batches": (
             4 * num_parameters(model) if sharded and config.accumulation > 1 else 0
         ),
-        "activations (estimate)": activation_bytes(model, rows, stream=stream, product=product),
+        "activations (estimate)": activation_bytes(
+            model, rows, stream=product, product=product, how=config.checkpointing
+        ),
         "logits (estimate)": _logits(model, rows, product),
     }
     yield f"memory of a GPU, which holds 1 / {shards or 1} of the weights"
@@ -169,24 +176,33 @@ def expected_rows(config: TrainConfig, mix: Mix) -> Counts:
     return token * (config.data.rows * config.data.units_per_sequence / token.units)
 
 
-def activation_bytes(model: LanguageModel, rows: Counts, *, stream: int, product: int) -> float:
+def activation_bytes(
+    model: LanguageModel,
+    rows: Counts,
+    *,
+    stream: int,
+    product: int,
+    how: Checkpointing = "none",
+) -> float:
     """What a forward pass keeps for the backward pass, by the formula above; an estimate.
 
     Args:
         stream, product: bytes of a number of the residual stream, of one that is multiplied.
+        how: what is checkpointed. What one block then holds for a while is not counted.
     """
     s, e, config = stream, product, model.config
+    layers = partial(_layers, s=s, e=e, how=how)
     assert isinstance(model.global_transformer, GlobalTransformer)
-    size = _layers(model.global_transformer, s, e) * rows.units
+    size = layers(model.global_transformer) * rows.units
     dim = config.global_transformer.dim
     if config.architecture == "lst":
         encoder, decoder = model.encoder, model.decoder
         assert isinstance(encoder, PatchEncoder)
         assert isinstance(decoder, PatchDecoder)
         local, slots = config.encoder.dim, config.slots
-        size += (_layers(encoder, s, e) + (s + 3 * e) * local) * rows.local_tokens
+        size += (layers(encoder) + (s + 3 * e) * local) * rows.local_tokens
         size += (e + (s + 3 * e) * slots) * local * rows.local_units
-        size += _layers(decoder, s, e) * rows.local_tokens
+        size += layers(decoder) * rows.local_tokens
         size += ((s + e) * local + e * decoder.key_value.out_features) * slots * rows.read_units
         if config.text_path == "local":
             dim = local
@@ -196,8 +212,11 @@ def activation_bytes(model: LanguageModel, rows: Counts, *, stream: int, product
     return size + (s + e) * dim * rows.tokens
 
 
-def _layers(module: nn.Module, s: int, e: int) -> int:
+def _layers(module: nn.Module, s: int, e: int, how: Checkpointing) -> int:
     """Bytes a row of the layers in ``module``."""
+    if how == "full":
+        inputs = [next(block.parameters()).shape[-1] for block in blocks(module)]
+        return s * sum(inputs)
     size = 0
     for layer in module.modules():
         if isinstance(layer, DecoderLayer):
@@ -205,12 +224,18 @@ def _layers(module: nn.Module, s: int, e: int) -> int:
         elif isinstance(layer, Layer):
             attention, f = layer.attention.qkv, layer.feed_forward.down.in_features
             d = attention.in_features
-            size += 2 * s * d + e * (5 * d + attention.out_features + 4 * f)
+            size += 2 * s * d + e * (4 * d + attention.out_features)
+            if how == "none":
+                size += e * (d + 4 * f)
     return size
 
 
 def _logits(model: LanguageModel, rows: Counts, product: int) -> float:
-    return min(LOGIT_ROWS, rows.tokens) * model.head.out_features * (12 + 2 * product)
+    return (
+        min(piece_rows(model.head.out_features, "cuda"), rows.tokens)
+        * model.head.out_features
+        * (12 + 2 * product)
+    )
 
 
 # The batch ----------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ from lst.train.metrics import Loss, MetricsLog, StepTimes, expect_wandb
 from lst.train.mfu import describe, find_peak
 from lst.train.optimizer import build_optimizer, learning_rate, set_learning_rate
 from lst.train.parallel import clip_gradients, gathered, initialise_weights, parallelise
+from lst.train.profile import Profiler
 from lst.train.run_folder import CONFIG
 from lst.train.status import LOST_WORKER, Status, describe_error
 from lst.train.step import backward, global_counts, read_step, rehearse
@@ -65,6 +66,7 @@ class Run:
     watch: Watchdog
     state: State
     checkpoints: Checkpointer
+    profiler: Profiler
 
 
 def train(config: TrainConfig, *, resume: bool = False) -> None:
@@ -114,6 +116,7 @@ def work(
         run = prepare(config, world, status, watch, interrupt, resume=resume)
         stack.callback(run.log.close)
         stack.callback(run.checkpoints.close)
+        stack.callback(run.profiler.close)
         stack.callback(watch.now, "the last checkpoint and log", slow=True)
         take_steps(run, interrupt)
         if config.evaluate:
@@ -200,6 +203,7 @@ def prepare(
         checkpoints=Checkpointer(
             config, corpus.tokenizer, world, log, resumed=(checkpoint, state.step)
         ),
+        profiler=Profiler(config.out, world.device, active=config.profile and world.is_main),
     )
 
 
@@ -248,6 +252,7 @@ def take_steps(run: Run, interrupt: Interrupt) -> None:
             return
 
         run.watch.now("waiting for data")
+        run.profiler.before()
         started = time.perf_counter()
         step += 1
         with world.together():
@@ -291,6 +296,11 @@ def take_steps(run: Run, interrupt: Interrupt) -> None:
             grad_norm=grad_norm,
             skipped=run.state.skipped,
         )
+        if run.profiler.writes:
+            run.watch.now("the profile", slow=True)
+        told = run.profiler.after()
+        if told is not None:
+            log.say(told)
         run.watch.stepped()
         tell_anomalies(run, loss, grad_norm, partial(global_records, micro_batches, sums))
 

@@ -11,11 +11,13 @@ hsdp     replicas / processes of every weight         the same, weights within a
 ======== ============================================ ============================================
 
 Weights, AdamW's moments and the sums of gradients are float32 always. With ``precision="bfloat16"``
-one process and DDP multiply in bfloat16 by autocast, on a float32 residual stream; FSDP gathers the
-weights as bfloat16, so that half the bytes travel, and the stream is bfloat16 too. Either way norms
-are taken, positions turned and losses computed in float32: ``nn.RMSNorm`` and ``rotate`` raise
-their input to it, ``token_losses`` the logits. So strategies agree to the rounding of bfloat16,
-and in float32 to that of a sum's order.
+one process and DDP multiply in bfloat16 by autocast; FSDP gathers the weights as bfloat16, so that
+half the bytes travel. Either way the residual stream is bfloat16, and norms are taken, positions
+turned and losses computed in float32: ``RMSNorm`` (but its result), ``rotate`` and ``row_losses``
+raise their input to it. So strategies agree to the rounding of bfloat16, and in float32 to that of
+a sum's order.
+
+What the blocks themselves do, compiled or checkpointed, is arranged first (blocks.py).
 """
 
 from collections.abc import Iterable, Iterator
@@ -31,6 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lst.errors import UserError
 from lst.model import LanguageModel
 from lst.model.layers import truncated_normal
+from lst.train.blocks import blocks, prepare_blocks
 from lst.train.config import ParallelConfig, TrainConfig
 from lst.train.distributed import SharedError, World, processes_of_a_machine
 
@@ -51,7 +54,9 @@ def parallelise(model: LanguageModel, config: TrainConfig, world: World) -> nn.M
 
     Raises:
         SharedError: replicas that do not divide the processes.
+        SharedError: the device cannot run the blocks as the configuration says.
     """
+    prepare_blocks(model, config, world.device)
     strategy = choose_strategy(config.parallel, num_parameters(model), world.size)
     if strategy in ("fsdp", "hsdp"):
         _shard(model, config, make_mesh(strategy, config.parallel, world))
@@ -103,12 +108,6 @@ def num_replicas(config: ParallelConfig, processes: int) -> int:
             f"got {replicas}"
         )
     return replicas
-
-
-def blocks(model: nn.Module) -> list[nn.Module]:
-    """The transformer blocks of every stack, in the order of the forward pass."""
-    stacks = (module for module in model.modules() if isinstance(module, nn.ModuleList))
-    return [block for stack in stacks for block in stack]
 
 
 def _shard(model: nn.Module, config: TrainConfig, mesh: DeviceMesh) -> None:

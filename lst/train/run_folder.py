@@ -7,6 +7,7 @@
     status.json                     how it stands (status.py)
     metrics.jsonl  events.jsonl  tensorboard/  loss.png
     checkpoints/step-00000100/      see checkpoint.py
+    profile/                        with --profile (profile.py)
     story_completion.json  .md      at the end
 """
 
@@ -29,6 +30,7 @@ WANDB_ID = "wandb-id"
 TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"
 LOSS_PLOT = "loss.png"
+PROFILE = "profile"
 STORIES = "story_completion"
 CONTENTS = (
     CONFIG,
@@ -39,6 +41,7 @@ CONTENTS = (
     TENSORBOARD,
     CHECKPOINTS,
     LOSS_PLOT,
+    PROFILE,
     f"{STORIES}.json",
     f"{STORIES}.md",
 )

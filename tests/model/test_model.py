@@ -17,7 +17,7 @@ from lst.data.packing import patch_document
 from lst.data.patching import Aligned, NoPatching, Static, patch_lengths
 from lst.errors import UserError
 from lst.model import ModelConfig, RopeScaling, StackConfig, build_model, count_parameters
-from lst.model.layers import token_losses
+from lst.model.cross_entropy import token_losses
 from lst.vocabulary import BOS, EOS, SPEECH, TEXT, Vocabulary
 
 VOCABULARY = Vocabulary(num_pieces=40, num_units=20)
@@ -319,7 +319,7 @@ def test_chunked_losses_and_gradients_equal_those_of_all_logits_at_once():
 @pytest.mark.parametrize(
     ("architecture", "text_path"), [("lst", "local"), ("lst", "global"), ("token", "local")]
 )
-def test_the_stream_stays_float32_under_autocast(architecture, text_path):
+def test_the_stream_is_of_the_precision_of_products(architecture, text_path):
     model = model_of(small_config(architecture=architecture, text_path=text_path)).float()
     seen = []
     model.global_transformer.register_forward_hook(lambda _, inputs, z: seen.append(z.dtype))
@@ -328,8 +328,8 @@ def test_the_stream_stays_float32_under_autocast(architecture, text_path):
     with torch.autocast("cpu", torch.bfloat16):
         states = model.states(batch)
     for state in states if text_path == "global" else [states]:
-        assert state.dtype == torch.float32
-    assert seen == [torch.float32]
+        assert state.dtype == torch.bfloat16
+    assert seen == [torch.bfloat16]
 
 
 @pytest.mark.parametrize("text_path", ["local", "global"])
