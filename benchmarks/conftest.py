@@ -219,7 +219,7 @@ def take_turns(benchmark) -> Callable[..., dict[str, list[float]]]:
 
 
 @pytest.fixture
-def race(benchmark, add_row: AddRow, take_turns, request) -> Callable[..., None]:
+def race(benchmark, add_row: AddRow, take_turns, request) -> Callable[..., dict[str, float]]:
     """Time ours and its peers in turn, in one process, and assert the ratios of the minima."""
 
     def run(
@@ -233,8 +233,8 @@ def race(benchmark, add_row: AddRow, take_turns, request) -> Callable[..., None]
         flops: float | None = None,
         nbytes: float | None = None,
         facts: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Race them.
+    ) -> dict[str, float]:
+        """The least seconds of "ours" and of every peer; nothing where nothing is timed.
 
         Args:
             case: what is raced, for the table.
@@ -249,8 +249,9 @@ def race(benchmark, add_row: AddRow, take_turns, request) -> Callable[..., None]
         limits = request.getfixturevalue("limits") if flops or nbytes else None
         times = take_turns({"ours": ours, **peers}, rounds, slow_rounds)
         if not times["ours"]:
-            return
-        best = min(times.pop("ours"))
+            return {}
+        least = {name: min(taken) for name, taken in times.items()}
+        best = least["ours"]
         note = ""
         if limits is not None:
             work = (flops or 0, nbytes or 0)
@@ -264,19 +265,20 @@ def race(benchmark, add_row: AddRow, take_turns, request) -> Callable[..., None]
                 case=case,
                 peer=name,
                 ours=_milliseconds(best),
-                theirs=_milliseconds(min(taken)),
-                ratio=min(taken) / best,
+                theirs=_milliseconds(least[name]),
+                ratio=least[name] / best,
                 floor=floors.get(name),
                 note=note,
-                facts={"seconds": best, "peer_seconds": min(taken), **known},
+                facts={"seconds": best, "peer_seconds": least[name], **known},
             )
-            for name, taken in times.items()
+            for name in peers
         ]
         benchmark.extra_info["ratios"] = {row.peer: row.ratio for row in rows}
         low = [
             f"{row.ratio:.2f} < {row.floor:g} against {row.peer}" for row in rows if not row.passed
         ]
         assert not low, f"{case}: {'; '.join(low)}"
+        return least
 
     return run
 

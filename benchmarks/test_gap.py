@@ -38,6 +38,12 @@ from lst.flops import batch_counts, training_flops
 from lst.model import LanguageModel
 from lst.presets import PRESETS
 from lst.train.optimizer import build_optimizer
+from lst_kernels import native
+
+pytestmark = pytest.mark.skipif(
+    native.unavailable_reason() is not None,
+    reason=str(native.unavailable_reason()),
+)
 
 ARM = ARMS["static 4, text global"]
 ROUNDS = 5
