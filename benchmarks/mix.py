@@ -87,11 +87,16 @@ def fill(
 
 
 def random_batch(
-    config: ModelConfig, rows: int, units: int, seed: int, shape: Shape = PAPER
+    config: ModelConfig,
+    rows: int,
+    units: int,
+    seed: int,
+    shape: Shape = PAPER,
+    shares: Mapping[str, float] = MIX,
 ) -> Batch:
-    """A training batch at the paper's mix: ``rows`` rows of exactly ``units`` units, static 4."""
+    """A training batch of ``rows`` rows of exactly ``units`` units, in static patches of 4."""
     strategy: Strategy = Static(size=4) if config.architecture == "lst" else NoPatching()
-    content = fill(MIX, shape, strategy, [units - 1] * rows, seed)
+    content = fill(shares, shape, strategy, [units - 1] * rows, seed)
     return make_batch(content, shape.vocabulary, config.plan(), step=seed)
 
 

@@ -273,15 +273,17 @@ def steps_section(result: Result) -> Iterator[str]:
     """Training steps of presets on a GPU."""
     lines = [
         (
-            step["preset"], f"{step['rows']} × {step['units_per_row']:,}",
+            step["case"], f"{step['rows']} × {step['units_per_row']:,}",
             f"{step['seconds_per_step']['median'] * 1e3:,.0f}", f"{step['units_per_second']:,.0f}",
-            f"{step['tokens_per_second']:,.0f}", f"{step['peak_memory_bytes'] / 2**30:.1f}",
+            f"{step['tokens_per_second']:,.0f}",
+            "" if step["mfu"] is None else f"{step['mfu']:.1%}",
+            f"{step['peak_memory_bytes'] / 2**30:.1f}",
         )
         for step in result.content.get("steps", [])
     ]  # fmt: skip
     if lines:
         yield markdown(
-            ("preset", "rows × units", "median ms", "units/s", "tokens/s", "peak GiB"), lines
+            ("case", "rows × units", "median ms", "units/s", "tokens/s", "MFU", "peak GiB"), lines
         )
 
 

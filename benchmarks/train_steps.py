@@ -4,15 +4,17 @@
 
     python -m benchmarks.train_steps --out DIR [--corpus data/demo]
 
-1. A small model's losses and gradients on the device, in bfloat16, against float64 on the CPU
-   through the reference backend. Where they differ, nothing is measured.
-2. With ``--corpus``: the ``demo`` preset on the device in bfloat16, as ``lst.train`` runs it.
-3. Forward, backward and AdamW of ``lst-1b`` and ``baseline-1b`` on streams of 4 × 4,096 units made
-   of random tokens in the paper's mix (`benchmarks.mix`; static patches of 4); fewer rows where
-   memory forbids.
+1. Losses and gradients of small models on the device, compiled, in bfloat16, against float64 on the
+   CPU through the reference backend. Where they differ, nothing is measured.
+2. Forward, backward and AdamW of ``lst-1b``, with either text path, and of ``baseline-1b`` on
+   streams of 4 × 4,096 units of random tokens: in the paper's mix (`benchmarks.mix`; static patches
+   of 4), then of speech alone; fewer rows where memory forbids. Compiled as ``lst.train`` compiles
+   them, unless ``--eager``.
+3. With ``--corpus``: the ``demo`` preset on the device in bfloat16, as ``lst.train`` runs it.
 
 Each part adds to ``DIR/train-steps-<device>-<date>.json`` as soon as it is done: median step time,
-units/s, tokens/s, peak memory, with machine, versions and commit.
+units/s, tokens/s, hours of speech/s, MFU, peak memory and the longest kernels of a step, with
+machine, versions and commit. The most wanted come first, so that a run that is cut has them.
 """
 
 import argparse
@@ -20,21 +22,29 @@ import json
 import statistics
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 import lst_kernels
-from benchmarks.mix import MIX, PAPER, documents, random_batch
-from lst.data.batch import pack_documents
+from benchmarks.mix import MIX, PAPER, SPEECH_ONLY, documents, random_batch
+from lst.data.batch import Batch, pack_documents
 from lst.data.patching import NoPatching, Static, Strategy
+from lst.data.records import FRAMES_PER_SECOND
+from lst.flops import batch_counts, training_flops
 from lst.machine import describe_machine, file_stem
 from lst.model import ModelConfig, StackConfig, build_model, count_parameters
 from lst.presets import PRESETS
+from lst.train.blocks import compile_blocks, prepare_blocks
+from lst.train.config import TrainConfig
 from lst.train.loop import train
+from lst.train.mfu import describe, find_peak
 from lst.train.optimizer import build_optimizer
+from lst.train.profile import summarise
 
 ROWS, UNITS_PER_ROW = 4, 4096
 WARM_UP, STEPS = 3, 10
@@ -43,8 +53,8 @@ WARM_UP, STEPS = 3, 10
 # --- correctness ----------------------------------------------------------------------------------
 
 
-def check(device: torch.device) -> dict[str, float]:
-    """Relative errors of losses and gradients on ``device`` in bfloat16.
+def check(device: torch.device, *, eager: bool) -> dict[str, float]:
+    """Relative errors of losses and gradients on ``device`` in bfloat16, compiled unless ``eager``.
 
     Raises:
         SystemExit: one is larger than bfloat16 explains.
@@ -57,9 +67,13 @@ def check(device: torch.device) -> dict[str, float]:
     )
     errors: dict[str, float] = {}
     content = documents(MIX, PAPER, 2000, seed=0)
-    for architecture in ("lst", "token"):
-        chosen = replace(config, architecture=architecture)
-        strategy: Strategy = Static(size=4) if architecture == "lst" else NoPatching()
+    kinds = {
+        "lst": config,
+        "lst-global": replace(config, text_path="global"),
+        "token": replace(config, architecture="token"),
+    }
+    for name, chosen in kinds.items():
+        strategy: Strategy = NoPatching() if name == "token" else Static(size=4)
         batch = pack_documents(content, PAPER.vocabulary, strategy, chosen.plan())
         torch.manual_seed(0)
         model = build_model(chosen, PAPER.vocabulary).double()
@@ -69,12 +83,14 @@ def check(device: torch.device) -> dict[str, float]:
         gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
         model.zero_grad(set_to_none=True)
         model = model.float().to(device)
+        if not eager:
+            compile_blocks(model)
         with torch.autocast(device.type, torch.bfloat16):
             losses = model(batch.to(device))
         losses.sum().backward()
         got = torch.cat([p.grad.flatten() for p in model.parameters()]).double().cpu()
-        errors[f"{architecture} losses"] = _error(losses.detach().double().cpu(), expected.detach())
-        errors[f"{architecture} gradients"] = _error(got, gradients)
+        errors[f"{name} losses"] = _error(losses.detach().double().cpu(), expected.detach())
+        errors[f"{name} gradients"] = _error(got, gradients)
     for name, error in errors.items():
         print(f"check: {name} differ by {error:.1e} of their norm", flush=True)
         if not error < (1e-2 if "losses" in name else 5e-2):
@@ -89,12 +105,39 @@ def _error(got: torch.Tensor, expected: torch.Tensor) -> float:
 # --- measuring ------------------------------------------------------------------------------------
 
 
-def measure_steps(name: str, device: torch.device, steps: int) -> dict[str, Any]:
-    """Time training steps of a preset's model on random batches, halving rows until they fit."""
-    rows = ROWS
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One model on one kind of content."""
+
+    name: str
+    preset: str
+    text_path: Literal["local", "global"] = "local"
+    content: Literal["mix", "speech"] = "mix"  # the paper's Table 13, or speech alone
+
+    def config(self) -> TrainConfig:
+        preset = PRESETS[self.preset]
+        return replace(preset, model=replace(preset.model, text_path=self.text_path))
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case(name="lst", preset="lst-1b"),
+        Case(name="baseline", preset="baseline-1b"),
+        Case(name="lst-global", preset="lst-1b", text_path="global"),
+        Case(name="lst-speech", preset="lst-1b", content="speech"),
+        Case(name="lst-global-speech", preset="lst-1b", text_path="global", content="speech"),
+        Case(name="baseline-speech", preset="baseline-1b", content="speech"),
+    )
+}
+
+
+def measure(case: Case, device: torch.device, *, rows: int, steps: int, eager: bool) -> Any:
+    """Time training steps of ``case`` on random batches, halving rows until they fit."""
+    config = replace(case.config(), compile=not eager)
     while True:
         try:
-            return _steps(name, device, rows, steps)
+            return measure_steps(case, config, device, rows=rows, units=UNITS_PER_ROW, steps=steps)
         except torch.OutOfMemoryError:
             if rows == 1:
                 raise
@@ -102,48 +145,101 @@ def measure_steps(name: str, device: torch.device, steps: int) -> dict[str, Any]
         rows //= 2
 
 
-def _steps(name: str, device: torch.device, rows: int, steps: int) -> dict[str, Any]:
-    preset = PRESETS[name]
+def measure_steps(
+    case: Case, config: TrainConfig, device: torch.device, *, rows: int, units: int, steps: int
+) -> dict[str, Any]:
+    """Forward, backward, clipping and AdamW of one model, compiled as ``lst.train`` compiles it.
+
+    The batches are made beforehand and differ in their numbers of tokens and documents. One step
+    more is profiled after the others.
+    """
     torch.manual_seed(0)
     with device:
-        model = build_model(preset.model, PAPER.vocabulary)
-    optimizer = build_optimizer(model, preset.optimizer)
-    batches = [random_batch(preset.model, rows, UNITS_PER_ROW, seed) for seed in range(4)]
-    torch.cuda.reset_peak_memory_stats(device)
-    seconds = []
-    for step in range(WARM_UP + steps):
-        batch = batches[step % len(batches)].to(device)
-        torch.cuda.synchronize(device)
-        start = time.perf_counter()
+        model = build_model(config.model, PAPER.vocabulary)
+    prepare_blocks(model, config, device)
+    optimizer = build_optimizer(model, config.optimizer)
+    shares = MIX if case.content == "mix" else SPEECH_ONLY
+    batches = [random_batch(config.model, rows, units, seed, PAPER, shares) for seed in range(4)]
+
+    def step(batch: Batch) -> float:
+        begun = _now(device)
+        batch = batch.to(device)
         with torch.autocast(device.type, torch.bfloat16):
             losses = model(batch)
         (losses.sum() / batch.num_targets).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), preset.optimizer.clip)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    median = statistics.median(seconds[WARM_UP:])
-    tokens = statistics.mean(batch.num_tokens for batch in batches)
+        return _now(device) - begun
+
+    begun = time.perf_counter()
+    for number in range(WARM_UP):
+        step(batches[number % len(batches)])
+    warm_up = time.perf_counter() - begun
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    used = [batches[number % len(batches)] for number in range(steps)]
+    seconds = [step(batch) for batch in used]
+    peak_memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    median = statistics.median(seconds)
+    tokens, speech, flops = (
+        statistics.mean(values)
+        for values in (
+            [batch.num_tokens for batch in used],
+            [batch.num_speech_tokens for batch in used],
+            [
+                sum(training_flops(config.model, PAPER.vocabulary, batch_counts(batch)).values())
+                for batch in used
+            ],
+        )
+    )
+    peak = find_peak(device, None)
     result = {
-        "preset": name,
+        "case": case.name,
+        "preset": case.preset,
+        "text_path": case.text_path,
+        "content": case.content,
+        "compiled": config.compile,
         "rows": rows,
-        "units_per_row": UNITS_PER_ROW,
+        "units_per_row": units,
         "parameters": count_parameters(model),
         "dtype": "bfloat16 autocast, float32 weights",
-        "seconds_per_step": {"median": median, "all": seconds[WARM_UP:]},
-        "units_per_second": rows * UNITS_PER_ROW / median,
+        "warm_up_seconds": warm_up,
+        "seconds_per_step": {"median": median, "all": seconds},
+        "units_per_second": rows * units / median,
         "tokens_per_second": tokens / median,
-        "peak_memory_bytes": torch.cuda.max_memory_allocated(device),
-        "last_loss": float(losses.sum() / batch.num_targets),
+        "speech_hours_per_second": speech / FRAMES_PER_SECOND / 3600 / median,
+        "flops_per_step": flops,
+        "flops_per_second": flops / median,
+        "mfu": None if peak is None else flops / median / (peak.tflops * 1e12),
+        "mfu_is": describe(peak, device, 1),
+        "peak_memory_bytes": peak_memory,
+        "profile": _profile(lambda: step(batches[0]), device),
     }
+    mfu = "" if result["mfu"] is None else f"MFU {result['mfu']:.1%}, "
     print(
-        f"{name}: {rows} × {UNITS_PER_ROW} units, {median * 1e3:.0f} ms a step, "
+        f"{case.name}: {rows} × {units} units, {median * 1e3:.0f} ms a step, "
         f"{result['units_per_second']:,.0f} units/s, {result['tokens_per_second']:,.0f} tokens/s, "
-        f"{result['peak_memory_bytes'] / 2**30:.1f} GiB",
+        f"{mfu}warm-up {warm_up:.0f} s",
         flush=True,
     )
     return result
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _profile(step: Callable[[], object], device: torch.device) -> dict[str, Any]:
+    """What one step spends its time on, the longest first."""
+    activities = [ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities) as profiler:
+        step()
+    return summarise(profiler, device, 1)
 
 
 def run_demo(corpus: Path, out: Path) -> dict[str, Any]:
@@ -151,7 +247,7 @@ def run_demo(corpus: Path, out: Path) -> dict[str, Any]:
     demo = PRESETS["demo"]
     config = replace(
         demo,
-        data=replace(demo.data, corpus=corpus),
+        data=replace(demo.data, corpus=str(corpus)),
         out=out / "demo-run",
         precision="bfloat16",
         device="cuda",
@@ -170,8 +266,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the result file")
     parser.add_argument("--corpus", type=Path, help="a prepared demo corpus; also trains the demo")
-    parser.add_argument("--presets", nargs="+", default=["lst-1b", "baseline-1b"])
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--eager", action="store_true", help="do not compile")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("error: this measures a GPU, and torch sees none")
@@ -179,10 +276,12 @@ def main() -> None:
     about = describe_machine(device)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"train-steps-{file_stem(about)}.json"
-    result: dict[str, Any] = {"machine": about, "check": check(device), "steps": []}
+    result: dict[str, Any] = {"machine": about, "steps": []}
+    result["check"] = check(device, eager=options.eager)
     path.write_text(json.dumps(result, indent=2) + "\n")
-    for preset in options.presets:
-        result["steps"].append(measure_steps(preset, device, options.steps))
+    for name in options.cases:
+        measured = measure(CASES[name], device, rows=ROWS, steps=options.steps, eager=options.eager)
+        result["steps"].append(measured)
         path.write_text(json.dumps(result, indent=2) + "\n")
     if options.corpus is not None:
         result["demo"] = run_demo(options.corpus, options.out)
