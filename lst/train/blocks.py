@@ -7,7 +7,7 @@ All of it happens in place, before weights are shared among processes, and renam
    attention and all local modules stay as they were.
 2. **checkpointing** keeps less for the backward pass and computes it again there. "selective" does
    so for the feed-forward branch of every layer, whose wide product is about half of what a layer
-   keeps and which costs 15 % of a step to compute again; attention and its projections, which cost
+   keeps and which is cheap for its bytes; attention and its projections, which cost
    more for every byte, are kept. "full" keeps the input of every block and nothing else.
 3. **compile** makes one graph of every kind of block (``fullgraph``), for any number of tokens,
    patches and documents (``dynamic``), and of what stands between blocks. Layers of the same shape
