@@ -56,7 +56,7 @@ def test_aligned_patches_are_scored_under_the_noise_that_is_asked_for(
         seen.append(patching)
         return []
 
-    monkeypatch.setattr("lst.evaluate.__main__.story_completion", scored)
+    monkeypatch.setattr("lst.evaluate.tasks.story_completion", scored)
     for strategy in ("aligned", "curriculum"):
         run = tiny(strategy, steps=1, validate_every=1, evaluate=False)
         patching = PatchingConfig(strategy=strategy, max_patch_length=6)  # type: ignore[arg-type]
