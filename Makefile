@@ -13,7 +13,7 @@ setup: $(STAMP)
 # The constraints keep pip on the versions that development is pinned to, torch first of all.
 $(STAMP): pyproject.toml setup.py CMakeLists.txt constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,speech,scale,llama,float8,log,plots,docs,eval,demo]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,speech,scale,llama,float8,log,plots,docs,eval,demo,hub]'
 	touch $@
 
 lint: setup

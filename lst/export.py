@@ -1,9 +1,7 @@
-"""``python -m lst.export CHECKPOINT --llama OUT``: a trained model in another project's format."""
+"""``python -m lst.export CHECKPOINT``: a trained model as a folder to share, ours or a Llama's."""
 
 import json
-import os
-import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -11,56 +9,82 @@ import tyro
 from safetensors.torch import save_file
 
 from lst.errors import UserError, run_command
-from lst.files import fsync, writing
+from lst.files import making_folder
 from lst.model.llama import CONFIG, WEIGHTS, to_llama
-from lst.train.checkpoint import load_model
+from lst.pretrained import save_pretrained
+from lst.train.checkpoint import load_model, load_trained
 
-__all__ = ["ExportConfig", "export_llama"]
+__all__ = ["ExportConfig", "export", "export_llama", "export_pretrained"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Write the global transformer of a model that was started from a Llama as a Llama again."""
+    """Write a trained model for others to load: by lst.pretrained.from_pretrained, or, of a model
+    that was started from a Llama, its global transformer as a Llama again."""
 
     checkpoint: Annotated[Path, tyro.conf.Positional]  # or a run folder, for its newest
-    llama: Path  # the folder to make: config.json, model.safetensors and the tokenizer
-    positions: int | None = None  # max_position_embeddings; None: units of a training sequence
+    pretrained: Path | None = None  # a folder to make: all that any command here needs of a model
+    codebook: Path | None = None  # of its speech units, for --pretrained; None: its corpus' own
+    llama: Path | None = None  # a folder to make: config.json, model.safetensors and the tokenizer
+    positions: int | None = None  # max_position_embeddings of --llama; None: units of a training
+    # sequence
+
+    def __post_init__(self) -> None:
+        if (self.pretrained is None) == (self.llama is None):
+            given = "neither" if self.llama is None else "both"
+            raise UserError(f"expected --pretrained or --llama, got {given}")
+        if self.codebook is not None and self.pretrained is None:
+            raise UserError("--codebook: expected it with --pretrained alone")
+        if self.positions is not None and self.llama is None:
+            raise UserError("--positions: expected it with --llama alone")
+
+
+def export(options: ExportConfig) -> Path:
+    """Export as the options say, and return the folder."""
+    return export_llama(options) if options.pretrained is None else export_pretrained(options)
+
+
+def export_pretrained(options: ExportConfig) -> Path:
+    """Write a folder of :func:`lst.pretrained.save_pretrained`, and return it.
+
+    Raises:
+        UserError: no checkpoint; a codebook of other units; a folder that is there already or
+            cannot be written.
+    """
+    assert options.pretrained is not None
+    trained = load_trained(options.checkpoint, "cpu")
+    if options.codebook is not None:
+        trained = replace(trained, codebook_file=options.codebook)
+    save_pretrained(trained, options.pretrained)
+    return options.pretrained
 
 
 def export_llama(options: ExportConfig) -> Path:
-    """Export, and return the folder.
+    """Write a Llama, and return the folder.
 
     Raises:
         UserError: no checkpoint, one that was not started from a Llama, or a folder that is there
             already or cannot be written.
     """
-    out = options.llama
-    if out.exists():
-        raise UserError(f"{out}: expected a folder to make, got one that is there")
-    model, config, vocabulary, tokenizer = load_model(options.checkpoint, "cpu")
-    positions = options.positions or config.data.units_per_sequence
-    try:
-        values, weights = to_llama(config.model, vocabulary, model.weights(), positions=positions)
-    except UserError as error:
-        raise UserError(f"{options.checkpoint}: {error}") from None
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        with writing(out):
-            temporary.mkdir(parents=True)
-            (temporary / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
-            save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
-            tokenizer.save(temporary / tokenizer.file_name)
-            for path in [*temporary.iterdir(), temporary]:
-                fsync(path)
-            temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return out
+    assert options.llama is not None
+    with making_folder(options.llama) as folder:
+        model, config, vocabulary, tokenizer = load_model(options.checkpoint, "cpu")
+        positions = options.positions or config.data.units_per_sequence
+        try:
+            values, weights = to_llama(
+                config.model, vocabulary, model.weights(), positions=positions
+            )
+        except UserError as error:
+            raise UserError(f"{options.checkpoint}: {error}") from None
+        (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
+        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+        tokenizer.save(folder / tokenizer.file_name)
+    return options.llama
 
 
 def main() -> None:
-    options = tyro.cli(ExportConfig, prog="python -m lst.export")
-    print(f"written: {export_llama(options)}")
+    options = tyro.cli(ExportConfig, prog="python -m lst.export", description=__doc__)
+    print(f"written: {export(options)}")
 
 
 if __name__ == "__main__":

@@ -5,12 +5,14 @@
 
     write_atomically(path, text)
     with replacing(path) as temporary: ...    for what another library saves
+    with making_folder(path) as temporary: ...
 
 What is written is written to this machine, as a whole or not at all.
 """
 
 import json
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +27,7 @@ from lst.errors import UserError
 __all__ = [
     "Location",
     "fsync",
+    "making_folder",
     "reason",
     "replacing",
     "write_atomically",
@@ -136,6 +139,30 @@ def replacing(path: Path) -> Iterator[Path]:
             fsync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def making_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside ``path``, to fill. At the end of the block it becomes ``path``, and
+    after an exception it is gone: ``path`` is never there in part.
+
+    Raises:
+        UserError: something is there already, or the folder cannot be written.
+    """
+    with writing(path):
+        if path.exists() or path.is_symlink():
+            raise UserError(f"{path}: expected a folder to make, got one that is there")
+        temporary = path.absolute()
+        temporary = temporary.with_name(f".{temporary.name}.{os.getpid()}.tmp")
+        try:
+            temporary.mkdir(parents=True)
+            yield temporary
+            for each in [*temporary.rglob("*"), temporary]:
+                fsync(each)
+            temporary.rename(path)
+            fsync(temporary.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

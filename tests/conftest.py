@@ -173,3 +173,81 @@ def save_ctc():
         return folder
 
     return save
+
+
+# --- a language model with random weights, and all that goes with a trained one -------------------
+
+
+@pytest.fixture(scope="session")
+def make_trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """``make_trained(model={…}, patching={…}, speech_bpe=False)``: a Pretrained, as if a run had
+    made it. Its codebook of 20 units lies beside its tokenizer."""
+    from dataclasses import replace
+
+    import numpy as np
+    import torch
+
+    from lst.data.loader import DataConfig
+    from lst.data.patching import PatchingConfig
+    from lst.model import ModelConfig, StackConfig, build_model
+    from lst.pretrained import Pretrained
+    from lst.speech.units import LogMelKMeans
+    from lst.speech_bpe import train_speech_bpe
+    from lst.train.config import TrainConfig
+    from lst.vocabulary import Vocabulary, train_tokenizer
+
+    folder, num_units = tmp_path_factory.mktemp("trained"), 20
+    tokenizer = train_tokenizer(
+        ["the small red fox went over the hills and told a story"] * 20,
+        folder / "tokenizer.model",
+        num_pieces=300,
+    )
+    rng = np.random.default_rng(0)
+    codebook = LogMelKMeans(
+        rng.integers(-200, 200, (num_units, 26)).astype(np.int16),
+        rng.normal(-4, 2, (num_units, 2, 40)).astype(np.float32),
+    )
+    codebook.save(folder / "codebook.safetensors")
+    base = TrainConfig(
+        name="tiny",
+        model=ModelConfig(
+            encoder=StackConfig(layers=1, dim=16, heads=1),
+            global_transformer=StackConfig(layers=2, dim=32, heads=2),
+            decoder=StackConfig(layers=1, dim=16, heads=1),
+            local_window=16,
+            decoder_window=8,
+        ),
+        data=DataConfig(
+            corpus=str(folder),
+            rows=1,
+            units_per_sequence=64,
+            patching=PatchingConfig(strategy="static"),
+        ),
+        steps=6,
+    )
+
+    def make(
+        *,
+        model: dict[str, Any] | None = None,
+        patching: dict[str, Any] | None = None,
+        speech_bpe: bool = False,
+    ) -> Pretrained:
+        data = replace(base.data, patching=replace(base.data.patching, **(patching or {})))
+        config = replace(base, model=replace(base.model, **(model or {})), data=data)
+        pieces = None
+        if speech_bpe:
+            repeated = [np.repeat(rng.integers(0, num_units, 40), 2) for _ in range(20)]
+            pieces = train_speech_bpe(repeated, num_units=num_units, num_pieces=40)
+        vocabulary = Vocabulary(tokenizer.num_pieces, num_units, pieces)
+        torch.manual_seed(0)
+        return Pretrained(
+            model=build_model(config.model, vocabulary),
+            config=config,
+            vocabulary=vocabulary,
+            tokenizer=tokenizer,
+            step=6,
+            codebook=codebook.fingerprint,
+            codebook_file=folder / "codebook.safetensors",
+        )
+
+    return make

@@ -40,6 +40,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from lst.errors import UserError
 from lst.files import fsync, write_json, writing
 from lst.model import LanguageModel, build_model
+from lst.pretrained import CODEBOOK, Pretrained, from_pretrained, is_pretrained
 from lst.speech_bpe import SPEECH_BPE, SpeechBPE
 from lst.train.anomalies import Recent
 from lst.train.config import TrainConfig, read_config, to_json
@@ -55,7 +56,7 @@ from lst.train.manifest import (
 from lst.train.metrics import Seen
 from lst.train.optimizer import optimizer_tensors
 from lst.train.run_folder import CHECKPOINTS, CONFIG
-from lst.vocabulary import Tokenizer, Vocabulary
+from lst.vocabulary import Tokenizer, Vocabulary, fingerprint
 
 FORMAT = 3  # of state.json; raised when an older reader would misread a newer checkpoint
 STATE = "state.json"
@@ -78,6 +79,7 @@ class State:
     lanes: dict[int, dict[str, Any]] = field(default_factory=dict)  # where each stands in the data
     vocabulary: Vocabulary
     datasets: dict[str, str]  # fingerprints of what it trains on
+    codebook: str | None = None  # of what made their units; None too where the file does not say
 
 
 # Saving -------------------------------------------------------------------------------------------
@@ -185,6 +187,7 @@ def _state_json(state: State, lanes: dict[int, Any]) -> dict[str, Any]:
             "num_units": state.vocabulary.num_units,
         },
         "datasets": state.datasets,
+        "codebook": state.codebook,
         "lanes": {str(lane): lanes[lane] for lane in sorted(lanes)},
     }
 
@@ -329,6 +332,7 @@ def read_state(folder: Path) -> State:
             lanes={int(lane): state for lane, state in values["lanes"].items()},
             vocabulary=Vocabulary(**values["vocabulary"], speech_bpe=speech_bpe),
             datasets=values["datasets"],
+            codebook=values.get("codebook"),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: expected a checkpoint's state, got {error!r}") from None
@@ -375,20 +379,44 @@ def _expect_whole(folder: Path, tensors: dict[str, Tensor]) -> None:
 def load_model(
     path: Path | str, device: torch.device | str
 ) -> tuple[LanguageModel, TrainConfig, Vocabulary, Tokenizer]:
-    """A trained model, and what it takes to use it; nothing but ``path`` is read.
+    """A trained model, and what it takes to use it: the first things of :func:`load_trained`."""
+    trained = load_trained(path, device)
+    return trained.model, trained.config, trained.vocabulary, trained.tokenizer
+
+
+def load_trained(path: Path | str, device: torch.device | str) -> Pretrained:
+    """A trained model, and all that is known of it. Of what its path does not hold, only the
+    codebook in the corpus that it was trained on is looked for.
 
     Args:
-        path: a checkpoint's folder, or a run folder for its newest complete checkpoint.
+        path: a checkpoint's folder; a run folder, for its newest complete checkpoint; a folder of
+            :func:`lst.pretrained.save_pretrained`, or the hub's name of one.
 
     Raises:
-        UserError: no complete checkpoint there.
+        UserError: nothing of the kind there, or it is damaged.
     """
+    if is_pretrained(path):
+        return from_pretrained(path, device)
     folder = find_checkpoint(Path(path))
-    config = read_config(folder / CONFIG)
-    vocabulary = read_state(folder).vocabulary
-    model = build_model(config.model, vocabulary)
+    config, state = read_config(folder / CONFIG), read_state(folder)
+    model = build_model(config.model, state.vocabulary)
     load_tensors(folder, model)
-    return model.to(device), config, vocabulary, Tokenizer.load(folder)
+    return Pretrained(
+        model=model.to(device),
+        config=config,
+        vocabulary=state.vocabulary,
+        tokenizer=Tokenizer.load(folder),
+        step=state.step,
+        codebook=state.codebook,
+        codebook_file=_codebook_file(config, state),
+    )
+
+
+def _codebook_file(config: TrainConfig, state: State) -> Path | None:
+    """The codebook of the corpus, where it is still there and still the same."""
+    path = Path(config.data.corpus) / CODEBOOK
+    is_the_same = path.is_file() and state.codebook in (None, fingerprint(path))
+    return path if is_the_same else None
 
 
 def _expect_a_single_process() -> None:

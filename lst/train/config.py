@@ -10,11 +10,13 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from lst.data.loader import DataConfig
 from lst.errors import UserError
 from lst.model import ModelConfig
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,27 +150,36 @@ def _expect(holds: bool, name: str, expected: str, got: object) -> None:
         raise UserError(f"--{name}: expected {expected}, got {got}")
 
 
-def to_json(config: TrainConfig) -> dict[str, Any]:
-    """The configuration as JSON values: paths as strings, tuples as lists."""
+def to_json(config: Any) -> dict[str, Any]:
+    """A dataclass such as TrainConfig as JSON values: paths as strings, tuples as lists."""
     values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     return values
 
 
 def from_json(values: Any, where: str) -> TrainConfig:
     """Read what :func:`to_json` gave; ``where`` (the file) opens the message of a UserError."""
-    config: TrainConfig = _read(TrainConfig, values, "", where)
+    return read_strictly(TrainConfig, values, where)
+
+
+def read_strictly(kind: type[T], values: Any, where: str) -> T:
+    """Read a dataclass from JSON values, with no key more or less than it has fields."""
+    config: T = _read(kind, values, "", where)
     return config
 
 
 def read_config(path: Path) -> TrainConfig:
     """Read a ``config.json``. Raises UserError where it is not one."""
+    return from_json(read_json(path), str(path))
+
+
+def read_json(path: Path) -> Any:
+    """The values of a configuration's file. Raises UserError where it is no JSON."""
     try:
-        values = json.loads(path.read_text())
+        return json.loads(path.read_text())
     except OSError as error:
         raise UserError(f"{path}: no configuration could be read ({error.strerror})") from None
     except ValueError as error:
         raise UserError(f"{path}: expected JSON, got {error}") from None
-    return from_json(values, str(path))
 
 
 def differences(first: TrainConfig, second: TrainConfig) -> list[tuple[str, Any, Any]]:

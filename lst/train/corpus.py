@@ -17,6 +17,7 @@ class Corpus:
 
     tokenizer: Tokenizer
     vocabulary: Vocabulary
+    codebook: str | None  # fingerprint of what made the units; None where there are none
     fingerprints: dict[str, str]  # of the datasets trained on, by name
     valid: dict[str, Dataset]  # by name
     items: list[StoryItem]  # stories to complete; none where the corpus has none
@@ -47,9 +48,10 @@ def open_corpus(config: DataConfig) -> Corpus:
     codebooks = {data.info.codebook for data in train.values() if data.info.codebook is not None}
     if len(codebooks) > 1:
         raise UserError(f"{folder}: expected units of one codebook, got {sorted(codebooks)}")
+    codebook = next(iter(codebooks), None)
     speech_bpe = None
     if config.patching.strategy == "speech-bpe":
-        speech_bpe = read_speech_bpe(folder, next(iter(codebooks), None))
+        speech_bpe = read_speech_bpe(folder, codebook)
     valid = folder / "valid"
     names = [name for name in valid.folders() if (valid / name / "dataset.json").exists()]
     items = folder / "items"
@@ -60,6 +62,7 @@ def open_corpus(config: DataConfig) -> Corpus:
             num_units=max(data.info.num_units for data in train.values()),
             speech_bpe=speech_bpe,
         ),
+        codebook=codebook,
         fingerprints={name: data.fingerprint for name, data in train.items()},
         valid={name: Dataset.open(valid / name, **files) for name in names},
         items=read_items(items, **files) if items.exists() else [],

@@ -142,7 +142,9 @@ def prepare(
     checkpoint = find_resumed(config, world) if resume else None
     with world.together():
         corpus = open_corpus(config.data)
-        state = State(vocabulary=corpus.vocabulary, datasets=corpus.fingerprints)
+        state = State(
+            vocabulary=corpus.vocabulary, datasets=corpus.fingerprints, codebook=corpus.codebook
+        )
         if resume:
             started = checkpoint or config.out
             check_same_run(read_config(started / CONFIG), config, str(started))
