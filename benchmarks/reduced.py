@@ -41,7 +41,7 @@ class Size:
     name: str
     config: ModelConfig
     shape: Shape
-    num_tokens: int  # of a stream
+    num_tokens: int  # of a stream; enough for a mix to have the paper's shares
 
 
 def _stack(layers: int, dim: int, heads: int) -> StackConfig:
@@ -63,9 +63,9 @@ REDUCED = Size(
         spans=1,
         speech_words=20,
     ),
-    num_tokens=1536,
+    num_tokens=3072,
 )
-LST_1B = Size(name="lst-1b", config=PRESETS["lst-1b"].model, shape=PAPER, num_tokens=16_384)
+LST_1B = Size(name="lst-1b", config=PRESETS["lst-1b"].model, shape=PAPER, num_tokens=32_768)
 
 
 @dataclass(frozen=True, kw_only=True)
