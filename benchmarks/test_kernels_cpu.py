@@ -1,7 +1,8 @@
 """How much faster are the CPU kernels than what a user would pick today?
 
     attention, per pair of query and key that is read, a head:  4 D FLOP forward, 10 D backward
-    patch_pool, patch_expand:  every element of their inputs and outputs read or written once
+    patch_pool, patch_expand, segment_scan:  every element of their inputs and outputs read or
+                                             written once
 
 The shapes are those of the local side of the paper's 1B model: 16 heads of 64, 1 slot, d = 1024
 features, patches of 4 tokens, packed streams of 4k to 16k tokens, float32. Before anything is
@@ -30,6 +31,7 @@ from lst_kernels import (
     patch_expand,
     patch_pool,
     range_attention,
+    segment_scan,
 )
 
 pytestmark = pytest.mark.skipif(
@@ -311,6 +313,57 @@ def test_expanding_onto_a_residual_against_torch(race):
         rounds=20,
         flops=2 * x.numel(),  # an addition onto the residual, one of gradients
         nbytes=2 * z.nbytes + 3 * x.nbytes,
+    )
+
+
+def test_scanning_against_torch(race):
+    """Peers: the loop of the definition, and a product with the matrix of all decays from row to
+    row, quadratic in the rows."""
+    patches = layout(4096)
+    segments = patches.cu_documents
+    rows = patches.num_patches
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(rows, FEATURES, generator=generator) for _ in range(2))
+    decay = 0.5 + 0.5 * torch.rand(rows, generator=generator)
+    inputs = [x.requires_grad_(), decay.requires_grad_()]
+    first = torch.zeros(rows, dtype=torch.bool)
+    first[segments[:-1].long()] = True
+    document = first.cumsum(0)
+    past = (document[:, None] == document) & torch.ones(rows, rows, dtype=torch.bool).tril()
+
+    def loop() -> Tensor:
+        y, out = x.new_zeros(FEATURES), []
+        for row, step, begins in zip(x, decay, first.tolist(), strict=True):
+            y = row if begins else step * y + row
+            out.append(y)
+        return torch.stack(out)
+
+    def product() -> Tensor:
+        summed = decay.log().cumsum(0)
+        reached = (summed[:, None] - summed).masked_fill(~past, -torch.inf)
+        return reached.exp() @ x
+
+    def train(forward: Callable[[], Tensor]) -> Callable[[], list[Tensor]]:
+        def both() -> list[Tensor]:
+            out = forward()
+            return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
+
+        return both
+
+    ours = train(lambda: segment_scan(x, decay, segments, backend="native"))
+    peers = {"row by row": train(loop), "product with all decays": train(product)}
+    for peer in peers.values():
+        for a, b in zip(ours(), peer(), strict=True):
+            assert agree(a, b)
+    race(
+        f"segment_scan, P={rows}, d=1024: forward + backward",
+        ours,
+        peers,
+        floors={"row by row": 4.0, "product with all decays": 1.0},
+        rounds=20,
+        slow_rounds=5,
+        flops=6 * x.numel(),  # a multiplication and an addition; two of them in the backward pass
+        nbytes=5 * x.nbytes,
     )
 
 
