@@ -11,7 +11,7 @@ import numpy as np
 
 from lst.errors import UserError
 from lst.speech.inversion import invert_units
-from lst.speech.units import LogMelKMeans
+from lst.speech.units import FRAME_SAMPLES, LogMelKMeans
 
 __all__ = ["UnitVoice", "load_voice", "sound_of"]
 
@@ -26,16 +26,24 @@ class UnitVoice(Protocol):
     def codebook(self) -> str | None:
         """The fingerprint of the codebook whose units it speaks; None where it is not known."""
 
+    @property
+    def samples_per_unit(self) -> int: ...
+
     def speak(self, units: np.ndarray, *, speaker: str | None = None) -> np.ndarray:
         """(F,) integers in [0, num_units) → (n,) float32 in [−1, 1] at 16 kHz."""
 
 
 def load_voice(path: Path | str) -> LogMelKMeans | UnitVoice:
-    """Open what speaks units: the file of a log-mel codebook, whose centroids are inverted.
+    """Open what speaks units: a vocoder's folder, or the file of a log-mel codebook, whose
+    centroids are inverted.
 
     Raises:
         UserError: nothing of the kind is there.
     """
+    if Path(path).is_dir():
+        from lst.vocoder import load_vocoder
+
+        return load_vocoder(path)
     return LogMelKMeans.load(path)
 
 
@@ -56,11 +64,11 @@ def sound_of(
         speaker: one of those that a vocoder of several was trained on; None for its first.
 
     Returns:
-        (n,) float32 in [−1, 1] at 16 kHz; n = 640 F, unless the vocoder predicts durations.
+        (640 F,) float32 in [−1, 1] at 16 kHz.
 
     Raises:
         UserError: units that the voice does not have, or of another codebook; a speaker that it
-            does not know.
+            does not know; a vocoder for another number of units a second.
     """
     units = np.asarray(units)
     if units.ndim != 1 or (len(units) and not np.issubdtype(units.dtype, np.integer)):
@@ -73,6 +81,11 @@ def sound_of(
             f"expected units in [0, {voice.num_units}), got {units.min()} to {units.max()}"
         )
     if not isinstance(voice, LogMelKMeans):
+        if voice.samples_per_unit != FRAME_SAMPLES:
+            raise UserError(
+                f"expected a vocoder of {FRAME_SAMPLES} samples a unit, "
+                f"got one of {voice.samples_per_unit}"
+            )
         return voice.speak(units, speaker=speaker)
     if speaker is not None:
         raise UserError(f"expected no speaker, as a codebook has no voices, got {speaker!r}")

@@ -23,6 +23,7 @@ class Tones:
 
     num_units = NUM_UNITS
     codebook = "sha256:tones"
+    samples_per_unit = 640
 
     def speak(self, units: np.ndarray, *, speaker: str | None = None) -> np.ndarray:
         return np.repeat(units / NUM_UNITS, 640).astype(np.float32) * (0.5 if speaker else 1.0)
