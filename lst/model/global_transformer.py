@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lst.data.batch import Batch
 from lst.model.config import ModelConfig
-from lst.model.layers import Layer, rotation
+from lst.model.layers import Layer, Rotation, rotation
 from lst_kernels import block_causal_attention
 
 
@@ -20,11 +20,8 @@ class GlobalTransformer(nn.Module):
         self.layers = nn.ModuleList(Layer(stack, config.norm_eps) for _ in range(stack.layers))
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
-        config, layout = self.config, batch.layout
-        stack = config.global_transformer
-        by = rotation(
-            layout.patch_positions, stack.head_dim, config.rope_theta, config.rope_scaling
-        )
+        layout = batch.layout
+        by = self.rotation(layout.patch_positions)
 
         def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return block_causal_attention(
@@ -39,3 +36,9 @@ class GlobalTransformer(nn.Module):
         for layer in self.layers:
             x = layer(x, by, attention)
         return x
+
+    def rotation(self, positions: Tensor) -> Rotation:
+        """Rotary angles of patches by their positions (P,) in their documents."""
+        config = self.config
+        head_dim = config.global_transformer.head_dim
+        return rotation(positions, head_dim, config.rope_theta, config.rope_scaling)

@@ -173,11 +173,14 @@ class GlobalTextTransformer(LanguageModel):
 
     def logits(self, batch: Batch) -> Tensor:
         text, speech = self.states(batch)
+        return self.joint_logits(text, speech).index_select(0, _split(batch).token_rows)
+
+    def joint_logits(self, text: Tensor, speech: Tensor) -> Tensor:
+        """(Ts + Tt, V): speech first; −inf for the pieces, none of which follows a unit."""
         units = self.speech_head(self.speech_norm(speech))
         specials, units = units.tensor_split([self.vocabulary.first_piece], dim=-1)
         pieces = units.new_full((len(units), self.vocabulary.num_pieces), -torch.inf)
-        both = torch.cat((torch.cat((specials, pieces, units), dim=-1), self.head(self.norm(text))))
-        return both.index_select(0, _split(batch).token_rows)
+        return torch.cat((torch.cat((specials, pieces, units), dim=-1), self.head(self.norm(text))))
 
     def forward(self, batch: Batch) -> Tensor:
         split = _split(batch)

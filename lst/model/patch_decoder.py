@@ -18,7 +18,7 @@ from lst.data.batch import Batch
 from lst.model.config import ModelConfig
 from lst.model.layers import Attention, Layer, RMSNorm, Rotation
 from lst.model.patch_encoder import token_attention, token_rotation
-from lst_kernels import range_attention
+from lst_kernels import KeyRanges, range_attention
 
 
 class DecoderLayer(nn.Module):
@@ -34,13 +34,12 @@ class DecoderLayer(nn.Module):
         self.layer = Layer(self.stack, config.norm_eps)
 
     def forward(
-        self, h: Tensor, k: Tensor, v: Tensor, batch: Batch, by: Rotation, attention: Attention
+        self, h: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges, by: Rotation, attention: Attention
     ) -> Tensor:
         q = self.cross_query(self.cross_norm(h)).unflatten(
             -1, (self.stack.heads, self.stack.head_dim)
         )
-        assert batch.decoder_ranges is not None, "the batch was planned for a token-level model"
-        read = range_attention(q, k, v, batch.decoder_ranges)
+        read = range_attention(q, k, v, ranges)
         h = h + self.cross_output(read.flatten(1))
         return self.layer(h, by, attention)
 
@@ -57,14 +56,16 @@ class PatchDecoder(nn.Module):
 
     def forward(self, h: Tensor, z: Tensor, batch: Batch) -> Tensor:
         """(T, d) from token states h (T, d) and patches z (P, S·d)."""
+        by = token_rotation(batch, self.config, self.config.decoder.head_dim)
+        attention = token_attention(batch, self.config)
+        assert batch.decoder_ranges is not None, "the batch was planned for a token-level model"
+        for layer, kv in zip(self.layers, self.keys_values(z).unbind(1), strict=True):
+            k, v = kv.unbind(1)
+            h = layer(h, k, v, batch.decoder_ranges, by, attention)
+        return h
+
+    def keys_values(self, z: Tensor) -> Tensor:
+        """What every layer reads of patches z (P, S·d): (P·S, layers, 2, H, D)."""
         stack = self.config.decoder
         slots = self.patch_norm(z.view(-1, stack.dim))
-        keys_values = self.key_value(slots).unflatten(
-            -1, (stack.layers, 2, stack.heads, stack.head_dim)
-        )
-        by = token_rotation(batch, self.config, stack.head_dim)
-        attention = token_attention(batch, self.config)
-        for layer, kv in zip(self.layers, keys_values.unbind(1), strict=True):
-            k, v = kv.unbind(1)
-            h = layer(h, k, v, batch, by, attention)
-        return h
+        return self.key_value(slots).unflatten(-1, (stack.layers, 2, stack.heads, stack.head_dim))

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from lst.data.batch import Batch
 from lst.model.config import ModelConfig
 from lst.model.layers import Attention, Layer, RMSNorm, Rotation, rotation
-from lst_kernels import PatchLayout, patch_pool, range_attention, sliding_window_attention
+from lst_kernels import (
+    KeyRanges,
+    PatchLayout,
+    patch_pool,
+    range_attention,
+    sliding_window_attention,
+)
 
 
 def token_rotation(batch: Batch, config: ModelConfig, head_dim: int) -> Rotation:
@@ -67,19 +73,20 @@ class PatchEncoder(nn.Module):
         attention = token_attention(batch, self.config)
         for layer in self.layers:
             x = layer(x, by, attention)
-        return x, self.patches(x, batch)
-
-    def patches(self, h: Tensor, batch: Batch) -> Tensor:
-        """One vector a patch (P, S·d) from the token states ``h`` (T, d)."""
-        stack, slots = self.config.encoder, self.config.slots
         assert batch.encoder_ranges is not None, "the batch was planned for a token-level model"
-        q = self.slot_queries(patch_pool(h, _layout(batch), "max")).view(-1, stack.dim)
+        return x, self.patches(x, _layout(batch), batch.encoder_ranges)
+
+    def patches(self, h: Tensor, layout: PatchLayout, ranges: KeyRanges) -> Tensor:
+        """One vector a patch (P, S·d) from the token states ``h`` (T, d).
+
+        ``ranges``: the layout's ``patches_read_tokens``, P·S × T.
+        """
+        stack, slots = self.config.encoder, self.config.slots
+        q = self.slot_queries(patch_pool(h, layout, "max")).view(-1, stack.dim)
         q = q.to(h.dtype)  # the patches' stream keeps the tokens' precision under autocast
         heads = (stack.heads, stack.head_dim)
         k, v = self.key_value(self.token_norm(h)).unflatten(-1, (2, *heads)).unbind(1)
-        read = range_attention(
-            self.query(self.query_norm(q)).unflatten(-1, heads), k, v, batch.encoder_ranges
-        )
+        read = range_attention(self.query(self.query_norm(q)).unflatten(-1, heads), k, v, ranges)
         # Views are added: compiled code would tell a stream that is a view from one that is none.
         wide = (-1, slots * stack.dim)
         return q.view(wide) + self.output(read.flatten(1)).view(wide)
