@@ -25,9 +25,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lst_kernels.schedule import heavy_first, queries_per_range
+from lst_kernels.schedule import BLOCK_ROWS, heavy_first, queries_per_range
 
-__all__ = ["KeyRanges", "causal_ranges"]
+__all__ = ["KeyRanges", "causal_ranges", "part_ranges"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,6 +201,37 @@ def causal_ranges(
         start = torch.maximum(start, row - (window - 1))
     ranges = KeyRanges(start.clamp(max=num_live), (row + 1).clamp(max=num_live), num_rows)
     return tighten(ranges, max_keys=max_length if window is None else min(window, max_length))
+
+
+def part_ranges(parts: Tensor, lengths: Tensor, *, num_parts: int, part_size: int) -> KeyRanges:
+    """Every query reads the first keys of one part: decoding, where a request's cache is a part.
+
+    For a forward pass alone: the transpose is not made out, so nothing can be differentiated. That
+    makes it cheap, whatever the number of keys.
+
+    Args:
+        parts: (Q,) int64 on the CPU, the part that each query reads; never decreases.
+        lengths: (Q,) int64 on the CPU, how many keys; never decreases where the part is the same.
+        num_parts, part_size: K is their product.
+    """
+    start = (parts * part_size).int()
+    none = start.new_zeros(1).expand(num_parts * part_size)
+    alone = bool((parts[1:] > parts[:-1]).all())
+    return assemble(
+        start=start,
+        stop=start + lengths.int(),
+        num_keys=num_parts * part_size,
+        query_start=none,
+        query_stop=none,
+        query_order=torch.arange(-(-len(parts) // BLOCK_ROWS), dtype=torch.int32),
+        key_order=none[:0],
+        num_pairs=int(lengths.sum()),
+        max_keys=int(lengths.max()),
+        max_queries=len(parts),
+        disjoint=alone,
+        slots=int(alone),
+        key_slots=0,
+    )
 
 
 def tighten(

@@ -41,6 +41,7 @@ __all__ = [
     "make_batch",
     "pack_documents",
     "plan_batch",
+    "rows_of",
 ]
 
 TOKENS_MULTIPLE = 256  # of what passes the local modules in a training batch
@@ -247,13 +248,13 @@ def _split(
         text_tokens=torch.from_numpy(packed.tokens).long()[text],
         text_targets=targets[text],
         text_patches=text_patches,
-        patch_rows=_rows_of(is_speech_patch),
-        token_rows=_rows_of(is_speech),
+        patch_rows=rows_of(is_speech_patch),
+        token_rows=rows_of(is_speech),
         read_patches=read[::slots] // slots,
     )
     return split, speech_layout, reads
 
 
-def _rows_of(first: Tensor) -> Tensor:
+def rows_of(first: Tensor) -> Tensor:
     """Where each of M things is once those that are marked (M,) have moved to the front."""
     return torch.where(first, first.cumsum(0) - 1, first.sum() + (~first).cumsum(0) - 1)

@@ -11,10 +11,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from lst.data.batch import IGNORE, plan_batch
-from lst.data.packing import Packed
 from lst.data.patching import (
     Aligned,
     PatchingConfig,
@@ -23,6 +20,7 @@ from lst.data.patching import (
     patch_lengths,
 )
 from lst.errors import UserError
+from lst.generate.passes import NOTHING_ALIGNED, Cached, Scorer, Uncached
 from lst.generate.sampling import Sampler, Sampling
 from lst.model import LanguageModel, ModelConfig
 from lst.vocabulary import BOS, EOS, Vocabulary
@@ -30,8 +28,6 @@ from lst.vocabulary import BOS, EOS, Vocabulary
 Stopped = Literal["eos", "stop", "length", "context"]
 # told of each generated token: the request's number, the joint id, its log-probability in nats
 OnToken = Callable[[int, int, float], None]
-
-NOTHING_ALIGNED = np.zeros((0, 2), np.int32)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -65,6 +61,8 @@ class Generator:
         patching: what the model was trained with; speech is in patches of its final strategy.
         device: on a GPU products are in bfloat16, as in training.
         context: units (patches) that a document may have; None for any number.
+        cached: whether what was computed of earlier tokens is kept. Without, every token costs a
+            pass over all of its document, and the numbers are the same.
     Raises:
         UserError: the model's patches end where an aligner says, which no generated speech has.
     """
@@ -78,6 +76,7 @@ class Generator:
         *,
         device: torch.device | str = "cpu",
         context: int | None = None,
+        cached: bool = True,
     ) -> None:
         strategy = final_strategy(patching)
         if isinstance(strategy, Aligned):
@@ -88,7 +87,7 @@ class Generator:
         self.model = model.to(device).eval()
         self.vocabulary, self.config, self.strategy = vocabulary, config, strategy
         self.patch_size = strategy.size if isinstance(strategy, Static) else 1
-        self.device, self.context = torch.device(device), context
+        self.device, self.context, self.cached = torch.device(device), context, cached
 
     def generate(
         self,
@@ -141,8 +140,9 @@ class Generator:
             self.vocabulary,
             self.device,
         )
-        decoder = Uncached(self)
-        logits = decoder.start([np.array(request.tokens) for request in live])
+        kind = Cached if self.cached else Uncached
+        scorer: Scorer = kind(self.model, self.vocabulary, self.strategy, self.device)
+        logits = scorer.start([np.array(request.tokens) for request in live])
         while True:
             for request, token, nats in zip(live, *sampler(logits), strict=True):
                 self._append(request, token, nats, on_token)
@@ -152,8 +152,8 @@ class Generator:
             if len(rows) < len(live):
                 live = [live[row] for row in rows]
                 sampler.keep(rows)
-                decoder.keep(rows)
-            logits = decoder.step([request.tokens[-1] for request in live])
+                scorer.keep(rows)
+            logits = scorer.step([request.tokens[-1] for request in live])
 
     def _request(self, number: int, prompt: np.ndarray, sampling: Sampling) -> _Request:
         where, size = f"prompt {number}", self.vocabulary.size
@@ -216,43 +216,3 @@ class Generator:
             patch_lengths=self._patches(tokens)[0],
             stopped=request.stopped,
         )
-
-
-class Uncached:
-    """The scores of the next token from a pass over whole documents."""
-
-    def __init__(self, generator: Generator) -> None:
-        self._generator = generator
-        self._documents: list[list[int]] = []
-
-    def start(self, prompts: Sequence[np.ndarray]) -> Tensor:
-        """(B, V) scores of the token after each prompt."""
-        self._documents = [prompt.tolist() for prompt in prompts]
-        return self._scores()
-
-    def step(self, tokens: Sequence[int]) -> Tensor:
-        """(B, V) scores of the token after each request's next one."""
-        for document, token in zip(self._documents, tokens, strict=True):
-            document.append(token)
-        return self._scores()
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Go on with some of the requests, in their order."""
-        self._documents = [self._documents[row] for row in rows]
-
-    def _scores(self) -> Tensor:
-        at = self._generator
-        documents = [np.array(document, np.int32) for document in self._documents]
-        patches = [at._patches(document) for document in documents]
-        tokens = np.concatenate(documents)
-        packed = Packed(
-            tokens=tokens,
-            targets=np.full_like(tokens, IGNORE),
-            lengths=np.concatenate([lengths for lengths, _ in patches]),
-            closed_late=np.concatenate([late for _, late in patches]),
-            patches_per_document=np.array([len(lengths) for lengths, _ in patches], np.int32),
-            record_ids=("",) * len(documents),
-        )
-        batch = plan_batch(packed, at.vocabulary, at.config.plan())
-        last = batch.layout.cu_tokens[1:].long() - 1
-        return at.model.logits(batch.to(at.device))[last.to(at.device)]

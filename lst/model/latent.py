@@ -56,6 +56,10 @@ PARTS = (  # of any model, in the order of the forward pass
 class LanguageModel(nn.Module, ABC):
     """Embedding, norm and head over the joint vocabulary: what all models have in common."""
 
+    global_transformer: GlobalTransformer
+    encoder: PatchEncoder  # these two not in a token-level model
+    decoder: PatchDecoder
+
     def __init__(self, config: ModelConfig, vocabulary: Vocabulary, dim: int) -> None:
         super().__init__()
         self.config = config

@@ -8,7 +8,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lst_kernels import KeyRanges, PatchLayout
+from lst_kernels import KeyRanges, PatchLayout, range_attention
+from lst_kernels.ranges import part_ranges
 
 QUICK = settings(deadline=None, derandomize=True, max_examples=60)
 
@@ -242,6 +243,21 @@ def test_ranges_assembled_on_a_device_have_bounds_unless_a_check_is_asked_for(mo
     monkeypatch.setenv("LST_KERNELS_CHECK", "1")
     with pytest.raises((RuntimeError, NotImplementedError)):  # the meta device has no values
         KeyRanges(ends, ends, 3)
+
+
+@pytest.mark.parametrize("parts", [[0, 1, 2], [0, 0, 1, 3], [2]])
+def test_the_ranges_of_parts_read_their_first_keys(parts):
+    """Made without the transpose, they are in every other way those that are made with it."""
+    lengths = torch.arange(1, len(parts) + 1)
+    ranges = part_ranges(torch.tensor(parts), lengths, num_parts=4, part_size=5)
+    start = torch.tensor(parts) * 5
+    expected = KeyRanges(start, start + lengths, 20)
+    torch.testing.assert_close(ranges.dense_mask(), expected.dense_mask())
+    for name in ("num_keys", "num_pairs", "max_keys", "disjoint"):
+        assert getattr(ranges, name) == getattr(expected, name), name
+    assert ranges.slots == (0 if parts == [0, 0, 1, 3] else 1)
+    q, k, v = (torch.randn(n, 2, 8) for n in (len(parts), 20, 20))
+    torch.testing.assert_close(range_attention(q, k, v, ranges), range_attention(q, k, v, expected))
 
 
 def ranges_of(start, stop, num_keys=4):
