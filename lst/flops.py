@@ -33,7 +33,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated
 
+import torch
 import tyro
+from torch import Tensor
 
 from lst.data.batch import Batch
 from lst.errors import UserError, run_command
@@ -41,8 +43,17 @@ from lst.model import ModelConfig, StackConfig
 from lst.presets import PRESETS
 from lst.train.config import TrainConfig
 from lst.vocabulary import Vocabulary
+from lst_kernels import KeyRanges
 
-__all__ = ["Counts", "Mix", "batch_counts", "expected_counts", "forward_flops", "training_flops"]
+__all__ = [
+    "Counts",
+    "Mix",
+    "batch_counts",
+    "expected_counts",
+    "forward_flops",
+    "patch_counts",
+    "training_flops",
+]
 
 TRAINING = 3  # forward passes that a training step is worth
 TOKENS_PER_HOUR = 25 * 3600  # speech units
@@ -102,6 +113,48 @@ def batch_counts(batch: Batch) -> Counts:
         global_pairs=batch.global_ranges.num_pairs,
         decoder_pairs=decoder,
     )
+
+
+def patch_counts(batch: Batch) -> list[Counts]:
+    """The counts of each patch of a batch without a dead tail; they add up to `batch_counts`.
+
+    A patch has the rows of its tokens, of its slots and of its unit, and the pairs that these read.
+    """
+    tokens, patches = batch.layout.patch_ids, torch.arange(batch.layout.num_patches)
+    local_tokens, local_patches = tokens[:0], patches[:0]  # the patches that these are of
+    if batch.local_layout is not None:
+        local_tokens, local_patches = tokens, patches
+    read = local_patches
+    if batch.split is not None and batch.local_layout is not None:
+        local_tokens = tokens[batch.split.token_rows < batch.local_layout.num_tokens]
+        local_patches = patches[batch.split.patch_rows < batch.local_layout.num_patches]
+        read = batch.split.read_patches
+
+    def rows(owners: Tensor) -> list[float]:
+        return torch.bincount(owners, minlength=len(patches)).tolist()
+
+    def pairs(owners: Tensor, ranges: KeyRanges | None) -> list[float]:
+        if ranges is None:
+            return [0.0] * len(patches)
+        owners = owners.repeat_interleave(ranges.num_queries // max(len(owners), 1))  # for slots
+        keys = (ranges.stop - ranges.start).double()
+        return torch.bincount(owners, keys, minlength=len(patches)).tolist()
+
+    columns = {
+        "tokens": rows(tokens),
+        "units": rows(patches),
+        "local_tokens": rows(local_tokens),
+        "local_units": rows(local_patches),
+        "read_units": rows(read),
+        "local_pairs": pairs(local_tokens, batch.local_ranges),
+        "encoder_pairs": pairs(local_patches, batch.encoder_ranges),
+        "global_pairs": pairs(patches, batch.global_ranges),
+        "decoder_pairs": pairs(local_tokens, batch.decoder_ranges),
+    }
+    return [
+        Counts(**dict(zip(columns, row, strict=True)))
+        for row in zip(*columns.values(), strict=True)
+    ]
 
 
 # --- a batch that there is not yet ----------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lst_kernels
 from lst import flops
-from lst.data.batch import Batch, PlanConfig, make_batch, pack_documents
+from lst.data.batch import Batch, PlanConfig, make_batch, pack_documents, plan_batch
 from lst.data.interleave import Document
 from lst.data.packing import patch_document
 from lst.data.patching import Aligned, NoPatching, Static, Strategy
@@ -28,6 +28,7 @@ from lst.flops import (
     batch_counts,
     expected_counts,
     forward_flops,
+    patch_counts,
     report,
     training_flops,
 )
@@ -122,6 +123,30 @@ def test_a_forward_pass_is_counted_as_flop_counter_mode_counts_it(name: str, str
         if not part.endswith("head"):  # the loss multiplies by its weight, past the module
             module = modules.get(f"{type(model).__name__}.{part}", {})
             assert sum(module.values()) == count, part
+
+
+@pytest.mark.parametrize(("name", "strategy"), CASES)
+def test_counts_of_the_patches_add_up_to_those_of_the_batch(name: str, strategy: str) -> None:
+    batch = packed(CONFIGS[name].plan(), STRATEGIES[strategy])
+    counts = patch_counts(batch)
+    assert len(counts) == batch.num_units
+    assert sum(counts[1:], counts[0]) == batch_counts(batch)
+
+
+@pytest.mark.parametrize("name", ["small", "four slots, deep locals", "token-level"])
+def test_a_patch_costs_what_a_document_costs_more_for_having_it(name: str) -> None:
+    """Nothing before a patch reads it. (With text="global" a patch may become one that is read.)"""
+    config = CONFIGS[name]
+    strategy = NoPatching() if name == "token-level" else STRATEGIES["static"]
+    whole = document([3, 17, 2])
+    counts = patch_counts(pack_documents([whole], VOCABULARY, strategy, config.plan()))
+    lengths = patch_document(whole, VOCABULARY, strategy).lengths
+    before = counts[0] * 0
+    for own, stop in zip(counts, np.cumsum(lengths), strict=True):
+        part = replace(whole, tokens=whole.tokens[:stop])
+        batch = plan_batch(patch_document(part, VOCABULARY, strategy), VOCABULARY, config.plan())
+        assert before + own == batch_counts(batch)
+        before = batch_counts(batch)
 
 
 @pytest.mark.parametrize(("name", "strategy"), CASES)
