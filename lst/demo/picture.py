@@ -12,7 +12,8 @@ style alone. Its tokens are told where the pointer rests, and all of them in a t
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from lst.speech.units import FRAME_SAMPLES
 
 __all__ = ["draw"]
 
-ROW_FRAMES = 5 * FRAMES_PER_SECOND
+ROW_FRAMES = 5 * FRAMES_PER_SECOND  # about as long is a row
 POINT_SAMPLES = 160  # of the waveform that a point of its outline stands for: 10 ms
 STYLE = Path(__file__).with_name("picture.css")
 
@@ -64,6 +65,7 @@ class _Scale:
         self.share = max(patch.share for patch in analysis.patches)
         surprises = [_surprise(token) for token in analysis.tokens]
         self.surprise = max([1.0, *(each for each in surprises if math.isfinite(each))])
+        self.row = _row_frames([run for run in analysis.runs if run.is_speech])
 
     def colours(self, patch: Patch) -> str:
         """As percentages of the two scales."""
@@ -75,6 +77,17 @@ class _Scale:
 
     def side(self, token: Token) -> str:
         return "given" if token.position < self.prompt else "chosen"
+
+
+def _row_frames(runs: Sequence[Run]) -> int:
+    """Frames of a full row: such that the longest run leaves no little rest for its last one."""
+    longest = max((len(run.units) for run in runs), default=0)
+    patch = max((last - first for run in runs for first, last in _frames(run)), default=0)
+    return max(ROW_FRAMES, longest // max(1, round(longest / ROW_FRAMES)) + patch)
+
+
+def _frames(run: Run) -> Iterator[tuple[int, int]]:
+    return (patch.frames for patch in run.patches)
 
 
 def _surprise(token: Token) -> float:
@@ -132,7 +145,7 @@ def _table(analysis: Analysis) -> str:
                 share = f"<td{span}>{_percent(patch.share)}</td>"
                 kind = "unit " if patch.kind == "speech" else ""
                 side = "prompt" if token.position < analysis.prompt else "continuation"
-                width = 100 * min(_surprise(token), most) / most
+                width = 60 * min(_surprise(token), most) / most  # the number is beside it
                 rows.append(
                     f"<tr>{of_patch if index == 0 else ''}<td>{token.position}</td><td>{side}</td>"
                     f"<td class='label'>{kind}{_visible(token.label)}</td>"
@@ -172,136 +185,131 @@ def _text(run: Run, scale: _Scale) -> str:
 def _speech(run: Run, waveform: np.ndarray, words: Sequence[Word], scale: _Scale) -> str:
     num_frames = len(run.units)
     caption = (
-        f"Speech, {_seconds(num_frames)}: {len(run.patches):,} patches, "
+        f"Speech, {_seconds(num_frames)}: {_patches(len(run.patches))}, "
         f"{len(run.patches) * FRAMES_PER_SECOND / num_frames:.3g} a second. Bars: −log p of each "
         f"token, up to {scale.surprise:.1f} nats"
     )
-    longest = max([ROW_FRAMES, *(stop - start for start, stop in _frames(run.patches))])
-    rows = (
-        _row(patches, waveform, words, scale, longest) for patches in _rows(run.patches, longest)
-    )
-    return f'<figure><figcaption>{caption}</figcaption>{"".join(rows)}</figure>'
+    rows = (_draw_row(row, waveform, words, scale) for row in _rows(run.patches, scale.row))
+    return f"<figure><figcaption>{caption}</figcaption>{''.join(rows)}</figure>"
 
 
-def _frames(patches: Sequence[Patch]) -> Iterator[tuple[int, int]]:
-    return (patch.frames for patch in patches)
-
-
-def _rows(patches: Sequence[Patch], longest: int) -> Iterator[list[Patch]]:
+def _rows(patches: Sequence[Patch], longest: int) -> Iterator["_Row"]:
     """Whole patches, as many as fit."""
     row: list[Patch] = []
     for patch in patches:
         if row and patch.frames[1] - row[0].frames[0] > longest:
-            yield row
+            yield _Row(row)
             row = []
         row.append(patch)
-    yield row
+    yield _Row(row)
 
 
-def _row(
-    patches: Sequence[Patch],
-    waveform: np.ndarray,
-    words: Sequence[Word],
-    scale: _Scale,
-    longest: int,
-) -> str:
-    start, stop = patches[0].frames[0], patches[-1].frames[1]
-    length = stop - start
+@dataclass(frozen=True)
+class _Row:
+    """Some patches of a run, from one frame of it to another."""
 
-    def place(first: float, last: float) -> str:
-        first, last = max(first, start), min(last, stop)
-        return f"left:{100 * (first - start) / length:.3f}%;width:{100 * (last - first) / length:.3f}%"
+    patches: Sequence[Patch]
 
+    @property
+    def start(self) -> int:
+        return self.patches[0].frames[0]
+
+    @property
+    def stop(self) -> int:
+        return self.patches[-1].frames[1]
+
+    @property
+    def length(self) -> int:
+        return self.stop - self.start
+
+    def percent(self, frames: float) -> str:
+        return f"{100 * frames / self.length:.3f}%"
+
+    def left(self, frame: float) -> str:
+        return f"left:{self.percent(frame - self.start)}"
+
+    def place(self, first: float, last: float) -> str:
+        return f"{self.left(first)};width:{self.percent(last - first)}"
+
+    def tokens(self) -> Iterator[tuple[Token, float, float]]:
+        """Each with its frames: those of its patch in equal parts."""
+        for patch in self.patches:
+            first, last = patch.frames
+            width = (last - first) / len(patch.tokens)
+            for index, token in enumerate(patch.tokens):
+                yield token, first + index * width, width
+
+
+def _draw_row(row: _Row, waveform: np.ndarray, words: Sequence[Word], scale: _Scale) -> str:
     boxes = "".join(
-        f'<div class="patch" style="{place(*patch.frames)};{scale.colours(patch)}" '
+        f'<div class="patch" style="{row.place(*patch.frames)};{scale.colours(patch)}" '
         f'data-tip="{_tip(patch)}"></div>'
-        for patch in patches
+        for patch in row.patches
     )
-    seconds = range(-(-start // FRAMES_PER_SECOND), -(-stop // FRAMES_PER_SECOND))
+    seconds = range(-(-row.start // FRAMES_PER_SECOND), -(-row.stop // FRAMES_PER_SECOND))
     axis = "".join(
-        f'<span style="{place(second * FRAMES_PER_SECOND, stop)}">{second} s</span>'
+        f'<span style="{row.left(second * FRAMES_PER_SECOND)}">{second} s</span>'
         for second in seconds
     )
-    ends = [patch.frames for patch in patches]
     label = (
-        f"Waveform from {_seconds(start)} to {_seconds(stop)} in {len(ends)} patches, "
-        "with the −log p of each token"
+        f"Waveform from {_seconds(row.start)} to {_seconds(row.stop)} in "
+        f"{_patches(len(row.patches))}, with the −log p of each token"
     )
-    split, flag = _split(patches, scale), ""
-    if split is not None and start <= split < stop and _is_chosen_here(patches, scale):
-        flag = f'<span class="flag" style="{place(split, stop)}"><b>continuation</b></span>'
-    split = stop if split is None else split
+    flag = "".join(
+        f'<span class="flag" style="{row.left(frame)}"><b>continuation</b></span>'
+        for token, frame, _ in row.tokens()
+        if token.position == scale.prompt
+    )
     return (
-        f'<div class="row" style="width:{100 * length / longest:.3f}%">'
-        f"{_words(words, start, stop, place)}"
+        f'<div class="row" style="width:{100 * row.length / scale.row:.3f}%">{_words(row, words)}'
         f'<div class="lanes" role="img" aria-label="{label}">{boxes}'
-        f'<svg class="wave" viewBox="0 -1 {length} 2" preserveAspectRatio="none">'
-        f"{_outline(waveform, start, split, stop)}</svg>"
-        f'<svg class="bars" viewBox="0 0 {length} 1" preserveAspectRatio="none">'
-        f"{_bars(patches, scale)}</svg>{flag}</div>"
+        f'<svg class="wave" viewBox="0 -1 {row.length} 2" preserveAspectRatio="none">'
+        f"{_outline(row, waveform, scale)}</svg>"
+        f'<svg class="bars" viewBox="0 0 {row.length} 1" preserveAspectRatio="none">'
+        f"{_bars(row, scale)}</svg>{flag}</div>"
         f'<div class="axis" aria-hidden="true">{axis}</div></div>'
     )
 
 
-def _split(patches: Sequence[Patch], scale: _Scale) -> int | None:
-    """The frame at which the continuation begins, or goes on; None where it does not."""
-    for patch in patches:
-        for index, token in enumerate(patch.tokens):
-            if token.position >= scale.prompt:
-                first, last = patch.frames
-                return first + index * (last - first) // len(patch.tokens)
-    return None
-
-
-def _is_chosen_here(patches: Sequence[Patch], scale: _Scale) -> bool:
-    return patches[0].tokens[0].position <= scale.prompt <= patches[-1].tokens[-1].position
-
-
-def _words(
-    words: Sequence[Word], start: int, stop: int, place: Callable[[float, float], str]
-) -> str:
-    """Each above its frames; it may reach up to where the next one begins."""
-    here = [word for word in words if start <= word.start < stop]
+def _words(row: _Row, words: Sequence[Word]) -> str:
+    """Each above its frames, as wide as the next one allows, or in two lines the next but one."""
+    here = [word for word in words if row.start <= word.start < row.stop]
     if not here:
         return ""
-    ends = [word.start for word in here[1:]] + [stop]
+    starts = [*(word.start for word in here), row.stop, row.stop]
     spans = (
-        f'<span style="{place(word.start, end)}" title="{escape(word.word)}">'
+        f'<span style="{row.left(word.start)};--one:{row.percent(starts[at + 1] - word.start)};'
+        f'--two:{row.percent(starts[at + 2] - word.start)}" title="{escape(word.word)}">'
         f"{escape(word.word)}</span>"
-        for word, end in zip(here, ends, strict=True)
+        for at, word in enumerate(here)
     )
     return f'<div class="words">{"".join(spans)}</div>'
 
 
-def _outline(waveform: np.ndarray, start: int, split: int, stop: int) -> str:
+def _outline(row: _Row, waveform: np.ndarray, scale: _Scale) -> str:
     """The extremes of the waveform, 100 times a second: of the prompt, then of the continuation."""
+    given = [start + width for token, start, width in row.tokens() if token.position < scale.prompt]
+    split = round(max(given, default=row.start))
     paths = []
-    for side, first, last in (("given", start, split), ("chosen", split, stop)):
-        samples = waveform[first * FRAME_SAMPLES : last * FRAME_SAMPLES]
-        if last <= first:
+    for side, first, last in (("given", row.start, split), ("chosen", split, row.stop)):
+        if first == last:
             continue
-        samples = np.pad(samples, (0, (last - first) * FRAME_SAMPLES - len(samples)))
+        samples = waveform[first * FRAME_SAMPLES : last * FRAME_SAMPLES]
         points = samples.reshape(-1, POINT_SAMPLES)
-        at = first - start + (np.arange(len(points)) + 0.5) * POINT_SAMPLES / FRAME_SAMPLES
-        upper = [f"{x:.3f} {y:.3f}" for x, y in zip(at, -points.max(1) - 0.01, strict=True)]
-        lower = [f"{x:.3f} {y:.3f}" for x, y in zip(at, -points.min(1) + 0.01, strict=True)]
+        at = first - row.start + (np.arange(len(points)) + 0.5) * POINT_SAMPLES / FRAME_SAMPLES
+        upper = [f"{x:.2f} {y:.3f}" for x, y in zip(at, -points.max(1) - 0.01, strict=True)]
+        lower = [f"{x:.2f} {y:.3f}" for x, y in zip(at, -points.min(1) + 0.01, strict=True)]
         paths.append(f'<path class="{side}" d="M{"L".join(upper + lower[::-1])}Z"/>')
     return "".join(paths)
 
 
-def _bars(patches: Sequence[Patch], scale: _Scale) -> str:
+def _bars(row: _Row, scale: _Scale) -> str:
     """A bar for each token, as wide as it lasts."""
-    begin = patches[0].frames[0]
     shapes = {"given": "", "chosen": ""}
-    for patch in patches:
-        first, last = patch.frames
-        width = (last - first) / len(patch.tokens)
-        for index, token in enumerate(patch.tokens):
-            left = first - begin + (index + 0.15) * width
-            height = min(_surprise(token) / scale.surprise, 1.0)
-            shapes[scale.side(token)] += (
-                f"M{left:.3f} 1v{-height:.3f}h{0.7 * width:.3f}v{height:.3f}z"
-            )
+    for token, start, width in row.tokens():
+        left = start - row.start + 0.15 * width
+        height = min(_surprise(token) / scale.surprise, 1.0)
+        shapes[scale.side(token)] += f"M{left:.2f} 1v{-height:.3f}h{0.7 * width:.2f}v{height:.3f}z"
     return "".join(f'<path class="{side}" d="{path}"/>' for side, path in shapes.items() if path)
 
 
@@ -313,7 +321,9 @@ def _tip(patch: Patch) -> str:
     time = f", {_times(patch)}" if patch.kind == "speech" else ""
     lines = [f"patch {patch.number}{time}", f"{_percent(patch.share)} of the compute"]
     kind = "unit " if patch.kind == "speech" else ""
-    lines += [f"{kind}{_visible(token.label)}   log p {_log(token.logprob)}" for token in patch.tokens]
+    lines += [
+        f"{kind}{_visible(token.label)}   log p {_log(token.logprob)}" for token in patch.tokens
+    ]
     return "&#10;".join(lines)
 
 
@@ -325,6 +335,10 @@ def _visible(label: str) -> str:
 def _times(patch: Patch) -> str:
     start, stop = (frame / FRAMES_PER_SECOND for frame in patch.frames)
     return f"{start:.2f}–{stop:.2f} s"
+
+
+def _patches(number: int) -> str:
+    return "1 patch" if number == 1 else f"{number:,} patches"
 
 
 def _seconds(frames: int) -> str:
