@@ -199,7 +199,7 @@ def test_prompt_and_continuation_are_told_apart_and_their_border_is_named_once()
 def test_words_stand_above_their_frames():
     words = [Word("Once", 0, 6), Word("upon", 9, 15), Word("a", 15, 16)]
     page = Page(draw(a_story(), [sine(30)], [words]))
-    start = [at for at, each in enumerate(page.elements) if each[1].get("class") == "words"][0]
+    start = next(at for at, each in enumerate(page.elements) if each[1].get("class") == "words")
     spans = page.elements[start + 1 : start + 4]
     assert [label for _, _, label in spans] == ["Once", "upon", "a"]
     assert [percent(a["style"], "left") for _, a, _ in spans] == [0, 30, 50]
