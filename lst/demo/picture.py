@@ -108,7 +108,7 @@ def _summary(analysis: Analysis) -> str:
         rate = f"{spoken * FRAMES_PER_SECOND / frames:.3g}"
         figures.append(("speech patches a second, of 25 units", rate))
     if chosen:
-        figures.append(("mean log p of a continued token, nats", _log(np.mean(chosen))))
+        figures.append(("mean log p of a continued token, nats", _log(float(np.mean(chosen)))))
     figures.append(("a forward pass over all", f"{_flops(analysis.flops)}"))
     items = (f"<div><dd>{value}</dd><dt>{name}</dt></div>" for name, value in figures)
     return f'<dl class="figures">{"".join(items)}</dl>'

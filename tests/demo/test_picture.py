@@ -46,14 +46,14 @@ class Page(HTMLParser):
         return [each for each in self.elements if each[0] == tag]
 
 
-def text(number, *labels, logprobs=None):
-    """Patches of text from a number, which is the position of their tokens too."""
+def text(number, position, *labels, logprobs=None):
+    """Patches of a piece each, and their tokens, from a number and a position on."""
     logprobs = [-1.0] * len(labels) if logprobs is None else logprobs
     patches = [
         Patch(
             number=number + at,
             kind="special" if label.startswith("<") else "text",
-            tokens=(Token(position=number + at, label=label, logprob=logprob),),
+            tokens=(Token(position=position + at, label=label, logprob=logprob),),
             frames=(0, 0),
             share=0.001,
         )
@@ -89,9 +89,9 @@ def sine(frames, loud=0.5):
 
 def a_story(prompt=3):
     runs = (
-        text(0, "<bos>", "<t>", " Once", "<s>", logprobs=[None, -0.5, -2.0, -1.25]),
+        text(0, 0, "<bos>", "<t>", " Once", "<s>", logprobs=[None, -0.5, -2.0, -1.25]),
         speech(4, 4, 30),
-        text(12, "<t>", " upon", "<eos>"),
+        text(12, 34, "<t>", " upon", "<eos>"),
     )
     return Analysis(runs=runs, prompt=prompt, flops=2.5e8)
 
@@ -178,7 +178,7 @@ def test_a_bar_is_as_high_as_its_token_is_improbable():
 
 def test_the_waveform_reaches_as_far_as_it_is_loud():
     """Relative to the loudest of the document."""
-    runs = (speech(0, 0, 10), text(3, "<t>"), speech(4, 11, 10))
+    runs = (speech(0, 0, 10), text(3, 10, "<t>"), speech(4, 11, 10))
     page = Page(draw(Analysis(runs=runs, prompt=0, flops=1e6), [sine(10, 0.1), sine(10, 0.4)]))
     reach = [
         max(abs(float(y)) for y in re.findall(r"[\d.]+ (-?[\d.]+)", a["d"]))
@@ -217,7 +217,7 @@ def test_the_table_has_every_token_and_its_number():
 
 
 def test_an_impossible_token_is_drawn_as_high_as_the_highest():
-    runs = (text(0, "<bos>", " a", " b", logprobs=[None, -2.0, -np.inf]),)
+    runs = (text(0, 0, "<bos>", " a", " b", logprobs=[None, -2.0, -np.inf]),)
     html = draw(Analysis(runs=runs, prompt=1, flops=1e6))
     assert [percent(a["style"], "--surprise") for _, a, _ in Page(html).of_class("patch")] == [
         0,
@@ -228,7 +228,7 @@ def test_an_impossible_token_is_drawn_as_high_as_the_highest():
 
 def test_what_is_said_or_written_is_shown_and_not_run():
     evil = '<script>alert("1")</script>'
-    runs = (text(0, "<bos>", f" {evil}"), speech(2, 2, 8))
+    runs = (text(0, 0, "<bos>", f" {evil}"), speech(2, 2, 8))
     page = Page(draw(Analysis(runs=runs, prompt=1, flops=1e6), [sine(8)], [[Word(evil, 0, 4)]]))
     assert page.tagged("script") == []
     assert evil in [label for _, _, label in page.elements]
