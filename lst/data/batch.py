@@ -4,7 +4,8 @@
 
 A training batch ends with a dead tail: ``<pad>`` tokens that round the number of tokens that pass
 the local modules up to a multiple of 256, so that kernels see few sizes. Each row gives one unit to
-it, and so what a row holds never depends on which rows it shares a stream with.
+it, and so what a row holds never depends on which rows it shares a stream with. What rows of whole
+documents lack of their units it has more.
 
 Where text belongs to the global transformer alone (``text_path="global"``), the stream falls into
 two, and each patch belongs to one. The dead tail counts as speech, so there always is some::
@@ -129,29 +130,41 @@ class Batch:
 
 
 def make_batch(
-    rows: Sequence[Packed], vocabulary: Vocabulary, plan: PlanConfig, *, step: int
+    rows: Sequence[Packed],
+    vocabulary: Vocabulary,
+    plan: PlanConfig,
+    *,
+    step: int,
+    units: int | None = None,
 ) -> Batch:
     """A training batch: the rows' documents, then a dead document of as many patches as rows.
 
     For a token-level model each of those is a token: it reads as many tokens as there are units.
+
+    Args:
+        units: of the batch: where rows are not full, the dead document is as much longer. None: all
+            rows are.
     """
+    num_dead = len(rows)
+    if units is not None:
+        num_dead = units - sum(len(row.lengths) for row in rows)
     if plan.local:
         masks = (vocabulary.is_unit(row.tokens) if plan.splits else row.tokens >= 0 for row in rows)
-        dead_lengths = np.zeros(len(rows), np.int32)
+        dead_lengths = np.zeros(num_dead, np.int32)
         dead_lengths[-1] = TOKENS_MULTIPLE - sum(int(m.sum()) for m in masks) % TOKENS_MULTIPLE
     else:
-        dead_lengths = np.ones(len(rows), np.int32)
+        dead_lengths = np.ones(num_dead, np.int32)
     padding = int(dead_lengths.sum())
     dead = Packed(
         tokens=np.full(padding, PAD, np.int32),
         targets=np.full(padding, IGNORE, np.int32),
         lengths=dead_lengths,
-        closed_late=np.zeros(len(rows), bool),
-        patches_per_document=np.array([len(rows)], np.int32),
+        closed_late=np.zeros(num_dead, bool),
+        patches_per_document=np.array([num_dead], np.int32),
         record_ids=(),
     )
     packed = concatenate([*rows, dead])
-    return plan_batch(packed, vocabulary, plan, num_dead_patches=len(rows), step=step)
+    return plan_batch(packed, vocabulary, plan, num_dead_patches=num_dead, step=step)
 
 
 def pack_documents(

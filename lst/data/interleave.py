@@ -17,6 +17,11 @@ joined by blanks, that end in the span's words. A record can be trained on in ot
     text             <bos> text <eos>
     speech-to-text   <bos> <s> units <t> text <eos>
     text-to-speech   <bos> <t> text <s> units <eos>
+    asr              <bos> <s> units <t> text <eos>     the text and <eos> alone are targets
+    tts              <bos> <t> text <s> units <eos>     the units and <eos> alone are targets
+
+The last two are tasks: what is asked for is given, and only the answer is learnt. They stay whole
+(lst.data.lanes), as an answer without its question teaches nothing.
 
 Everything here is a pure function; what is drawn comes from a generator made of (seed, epoch,
 record id), so that every epoch interleaves anew and nothing depends on the order of reading.
@@ -37,9 +42,11 @@ from lst.vocabulary import BOS, EOS, SPEECH, TEXT, Tokenizer, Vocabulary
 __all__ = [
     "DOCUMENT_KINDS",
     "NEEDS",
+    "TASKS",
     "Document",
     "DocumentKind",
     "Mode",
+    "Task",
     "encoded_document",
     "item_document",
     "record_document",
@@ -49,8 +56,19 @@ __all__ = [
 WORDS = Alignment()
 MIN_TEXT_WORDS, MAX_TEXT_WORDS = 5, 30  # of a text span
 
-DocumentKind = Literal["auto", "interleaved", "speech", "text", "speech-to-text", "text-to-speech"]
+Task = Literal["asr", "tts"]
+TASKS: tuple[Task, ...] = get_args(Task)
+DocumentKind = Literal[
+    "auto", "interleaved", "speech", "text", "speech-to-text", "text-to-speech", "asr", "tts"
+]
 DOCUMENT_KINDS: tuple[DocumentKind, ...] = get_args(DocumentKind)
+_SPANS: dict[DocumentKind, tuple[Literal["text", "speech"], ...]] = {
+    "speech": ("speech",),
+    "speech-to-text": ("speech", "text"),
+    "text-to-speech": ("text", "speech"),
+    "asr": ("speech", "text"),
+    "tts": ("text", "speech"),
+}
 # What a record must have to become such a document.
 NEEDS: dict[DocumentKind, tuple[Literal["text", "units", "words"], ...]] = {
     "auto": (),
@@ -59,6 +77,8 @@ NEEDS: dict[DocumentKind, tuple[Literal["text", "units", "words"], ...]] = {
     "text": ("text",),
     "speech-to-text": ("units", "text"),
     "text-to-speech": ("text", "units"),
+    "asr": ("units", "text"),
+    "tts": ("text", "units"),
 }
 Mode = Literal["T→T", "S→S", "S→T", "T→S"]
 
@@ -101,7 +121,8 @@ def record_document(
     *,
     alignment: Alignment = WORDS,
 ) -> Document:
-    """The document that a record is trained on; every token after ``<bos>`` is a target.
+    """The document that a record is trained on; every token after ``<bos>`` is a target, of a task
+    those of the answer.
 
     Args:
         rng: draws the spans and, where it is asked for, the noise on aligned boundaries.
@@ -136,12 +157,12 @@ def encoded_document(
     elif kind == "interleaved":
         _interleave(draft, record, rng)
     else:
-        for modality in kind.split("-to-"):
+        for modality in _SPANS[kind]:
             if modality == "text":
                 draft.text(_text_of(record))
             else:
                 draft.speech(_units_of(record), record.aligned, rng)
-    return draft.finish(record.id)
+    return draft.finish(record.id, score_from=draft.last_start if kind in TASKS else 0)
 
 
 def item_document(

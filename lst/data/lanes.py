@@ -12,6 +12,10 @@ from the source that has delivered the least content for its weight: tokens (tex
 speech units) or units (their patches). So each source's share of a lane is its weight's but for one
 document. A source with fewer records than lanes is shared: every lane goes through all of it, in
 orders of its own.
+
+A row is filled to its last unit, documents being split where it ends. A document of a task (``asr``
+or ``tts``) is never split: where it does not fit, the row ends early and the document opens the
+next; one that fits no row is left out, and the state counts it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,7 +25,13 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from lst.data.encoded import EncodedDataset
-from lst.data.interleave import DOCUMENT_KINDS, DocumentKind, encoded_document, stable_rng
+from lst.data.interleave import (
+    DOCUMENT_KINDS,
+    TASKS,
+    DocumentKind,
+    encoded_document,
+    stable_rng,
+)
 from lst.data.packing import Packed, concatenate, patch_document, take
 from lst.data.patching import PatchingConfig, strategy_at
 from lst.errors import UserError
@@ -60,6 +70,7 @@ class SourceState:
     epoch: int = 0
     position: int = 0  # of the next record in the order of this epoch
     delivered: int = 0  # content so far
+    left_out: int = 0  # documents so far that no row could hold
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,15 +156,18 @@ class Lane:
         return LaneState(row=0, sources={name: SourceState() for name in self._names})
 
     def rows(self, state: LaneState) -> Iterator[tuple[Packed, LaneState]]:
-        """Endless rows of exactly ``row_units`` units, each with the state after it.
+        """Endless rows of ``row_units`` units, each with the state after it. A row has fewer where
+        a document that must stay whole comes next.
 
         Raises:
-            UserError: the state belongs to other sources, or a record cannot be read.
+            UserError: the state belongs to other sources, a record cannot be read, or no row can
+                hold any document of a source.
         """
         self._check(state)
         sources, carry = dict(state.sources), state.carry
         document = None if carry is None else self._document(carry)[0]
         row = state.row
+        left_out = 0  # documents since the last that was not
         while True:
             parts: list[Packed] = []
             room = self.row_units
@@ -161,7 +175,16 @@ class Lane:
                 if carry is None or document is None:
                     carry = self._draw(sources, row)
                     document, content = self._document(carry)
-                    sources[carry.source] = self._advance(carry, sources[carry.source], content)
+                    fits = not self._is_whole(carry) or len(document.lengths) <= self.row_units
+                    before = sources[carry.source]
+                    sources[carry.source] = self._advance(carry, before, content if fits else None)
+                    left_out = 0 if fits else left_out + 1
+                    if not fits:
+                        self._expect_some_fit(carry, document, left_out)
+                        carry = None
+                        continue
+                if self._is_whole(carry) and len(document.lengths) > room:
+                    break
                 part, consumed = take(document, carry.consumed, room)
                 parts.append(part)
                 room -= len(part.lengths)
@@ -175,11 +198,30 @@ class Lane:
         source = sources[name]
         return Carry(source=name, epoch=source.epoch, position=source.position, row=row, consumed=0)
 
-    def _advance(self, drawn: Carry, source: SourceState, content: int) -> SourceState:
+    def _advance(self, drawn: Carry, source: SourceState, content: int | None) -> SourceState:
+        """The state after a document of so much content, or after one that was left out."""
         epoch, position = drawn.epoch, drawn.position + 1
         if position == self._num_records[drawn.source]:
             epoch, position = epoch + 1, 0
-        return SourceState(epoch=epoch, position=position, delivered=source.delivered + content)
+        return SourceState(
+            epoch=epoch,
+            position=position,
+            delivered=source.delivered + (content or 0),
+            left_out=source.left_out + (content is None),
+        )
+
+    def _is_whole(self, drawn: Carry) -> bool:
+        return self._sources[drawn.source].kind in TASKS
+
+    def _expect_some_fit(self, drawn: Carry, document: Packed, left_out: int) -> None:
+        """Raise UserError where the last ``left_out`` documents are all that a source has."""
+        if left_out >= self._num_records[drawn.source]:
+            raise UserError(
+                f"data: {drawn.source!r} of the mixture: expected documents of at most "
+                f"{self.row_units} units, as they are not split, got none "
+                f"({document.record_ids[0]!r} has {len(document.lengths)}); a larger "
+                "--data.units-per-sequence takes them"
+            )
 
     def _document(self, drawn: Carry) -> tuple[Packed, int]:
         """The whole patched document, and how much content it has: a pure function of what was

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from lst.data.batch import Batch, PlanConfig, make_batch, plan_batch
 from lst.data.encoded import EncodedDataset
-from lst.data.interleave import NEEDS, record_document, stable_rng
+from lst.data.interleave import NEEDS, TASKS, Task, record_document, stable_rng
 from lst.data.lanes import Lane, LaneState, Source
 from lst.data.packing import MIN_ROOM, Packed, concatenate, patch_document
 from lst.data.patching import NoPatching, PatchingConfig, final_strategy
@@ -76,6 +76,13 @@ class DataConfig:
     def datasets(self) -> tuple[str, ...]:
         """The datasets that the mixture is of, each once."""
         return tuple(dict.fromkeys(Source.parse(name).dataset for name in self.mixture))
+
+    @property
+    def task(self) -> Task | None:
+        """What is learnt, where documents of one task are in the mixture."""
+        kinds = {Source.parse(name).kind for name in self.mixture}
+        tasks = [task for task in TASKS if task in kinds]
+        return tasks[0] if len(tasks) == 1 else None
 
 
 class TrainLoader:
@@ -181,7 +188,13 @@ class _MicroBatches:
             rows, states = zip(*map(next, streams), strict=True)
             numbers = [lane.number for lane in self.lanes]
             yield _MicroBatch(
-                batch=make_batch(rows, self.vocabulary, self.plan, step=states[0].row - 1),
+                batch=make_batch(
+                    rows,
+                    self.vocabulary,
+                    self.plan,
+                    step=states[0].row - 1,
+                    units=sum(lane.row_units + 1 for lane in self.lanes),
+                ),
                 states=dict(zip(numbers, (state.to_json() for state in states), strict=True)),
             )
 

@@ -15,6 +15,7 @@ from lst.vocabulary import BOS, EOS, PAD, SPEECH, TEXT, Vocabulary
 
 VOCABULARY = Vocabulary(num_pieces=10, num_units=10)
 PLAN = PlanConfig(slots=2, local_window=5, decoder_window=3)
+SPLIT = dataclasses.replace(PLAN, text_path="global")
 
 
 def make_document(pieces, units, id="r"):
@@ -45,6 +46,19 @@ def test_a_training_batch_is_rounded_up_by_a_dead_tail():
     assert set(batch.targets[num_tokens:].tolist()) == {IGNORE}
     assert batch.record_ids == concatenate(ROWS).record_ids
     assert len(batch.record_ids) == batch.layout.num_documents - 1
+
+
+@pytest.mark.parametrize(
+    "plan", [PLAN, PlanConfig(local=False), SPLIT], ids=["lst", "token", "split"]
+)
+def test_what_rows_lack_of_their_units_the_dead_tail_has(plan):
+    full = sum(len(row.lengths) for row in ROWS) + len(ROWS)
+    batch = make_batch(ROWS, VOCABULARY, plan, step=0, units=full + 5)
+    same = make_batch(ROWS, VOCABULARY, plan, step=0)
+    assert batch.layout.num_patches == full + 5 == same.layout.num_patches + 5
+    assert (batch.num_units, batch.num_tokens) == (same.num_units, same.num_tokens)
+    assert batch.num_targets == same.num_targets
+    assert not batch.global_ranges.dense_mask()[batch.num_units :].any()
 
 
 @pytest.mark.parametrize("missing", [0, 1, 255])
@@ -92,7 +106,6 @@ def test_the_baseline_plans_no_local_modules():
 # --- text_path="global": two streams ----------------------------------------------------------
 
 
-SPLIT = dataclasses.replace(PLAN, text_path="global")
 ONLY_TEXT = [make_document(4, 0, id="text"), make_document(2, 0, id="more")]
 
 

@@ -10,10 +10,13 @@ from hypothesis import strategies as st
 from lst.data.alignment import Alignment
 from lst.data.interleave import (
     DOCUMENT_KINDS,
+    TASKS,
     item_document,
     record_document,
     stable_rng,
 )
+from lst.data.packing import IGNORE, patch_document
+from lst.data.patching import Aligned, NoPatching, Static
 from lst.data.records import Record, Word
 from lst.errors import UserError
 from lst.speech_bpe import train_speech_bpe
@@ -240,6 +243,30 @@ def test_one_record_makes_documents_of_every_kind(kind, expected):
     assert (document.breaks, document.score_from, document.score_eos) == ((), 0, True)
 
 
+@pytest.mark.parametrize(("task", "kind"), [("asr", "speech-to-text"), ("tts", "text-to-speech")])
+@pytest.mark.parametrize("strategy", [NoPatching(), Static(size=4), Aligned()])
+def test_of_a_task_the_answer_alone_is_learnt(task, kind, strategy):
+    document = record_document(SPOKEN, VOCABULARY, TOKENIZER, np.random.default_rng(0), task)
+    plain = record_document(SPOKEN, VOCABULARY, TOKENIZER, np.random.default_rng(0), kind)
+    assert document.tokens.tolist() == plain.tokens.tolist()
+    assert document.aligned.tolist() == plain.aligned.tolist()
+    answer = SPOKEN_TEXT if task == "asr" else SPOKEN_UNITS
+    packed = patch_document(document, VOCABULARY, strategy)
+    targets = packed.targets[packed.targets != IGNORE].tolist()
+    assert targets == [*answer, EOS]
+    # The first of them is predicted from the marker that asks for it.
+    asks = TEXT if task == "asr" else SPEECH
+    assert document.tokens[np.flatnonzero(packed.targets != IGNORE)[0]] == asks
+
+
+def test_the_answer_to_silence_is_that_nothing_was_said():
+    record = Record("q", "", np.array([3, 4], np.int16), None, None, None, "test")
+    document = record_document(record, VOCABULARY, TOKENIZER, np.random.default_rng(0), "asr")
+    assert document.tokens.tolist() == [BOS, SPEECH, 1008, 1009, TEXT, EOS]
+    targets = patch_document(document, VOCABULARY, Static(size=4)).targets
+    assert targets.tolist() == [IGNORE] * 4 + [EOS, IGNORE]
+
+
 def test_kind_auto_is_the_one_that_shows_most_of_a_record():
     written = Record("t", "w1 w2", None, None, None, None, "test")
     bare = Record("b", None, np.array([3, 4], np.int16), None, None, None, "test")
@@ -249,7 +276,7 @@ def test_kind_auto_is_the_one_that_shows_most_of_a_record():
             for each in ("auto", kind)
         )
         assert auto.tokens.tolist() == named.tokens.tolist()
-    assert {*KINDS, "auto", "interleaved"} == set(DOCUMENT_KINDS)
+    assert {*KINDS, *TASKS, "auto", "interleaved"} == set(DOCUMENT_KINDS)
 
 
 def test_a_kind_that_a_record_cannot_be_is_refused():

@@ -1,5 +1,6 @@
 """A lane's rows are full, hold its records once an epoch, and follow from its state."""
 
+import itertools
 import json
 from collections import Counter
 from dataclasses import replace
@@ -11,13 +12,14 @@ import pytest
 from lst.data.encoded import EncodedDataset
 from lst.data.interleave import record_document, stable_rng
 from lst.data.lanes import Lane, LaneState, Source
-from lst.data.packing import IGNORE, MIN_ROOM
-from lst.data.patching import PatchingConfig
+from lst.data.packing import IGNORE, MIN_ROOM, patch_document
+from lst.data.patching import PatchingConfig, Static
 from lst.data.records import Dataset
 from lst.errors import UserError
 from lst.vocabulary import BOS, SPEECH, TEXT
 
 STATIC = PatchingConfig(strategy="static")
+UNUSED = stable_rng("unused")
 
 
 @pytest.fixture
@@ -165,6 +167,53 @@ def test_a_source_makes_the_kind_of_documents_that_it_names(corpus, make_lane):
             expected = tokens[1] if marker is None else marker
             assert tokens[1] == expected
             assert (marker is None) == corpus.vocabulary.is_piece(tokens[1])
+
+
+def test_documents_of_a_task_stay_whole_and_rows_end_where_the_next_does_not_fit(corpus, make_lane):
+    lane = make_lane(2, weights={"speech:asr": 1.0}, row_units=150, patching=STATIC)
+    rows = rows_of(lane, 40)
+    counts = Counter()
+    for (row, state), (after, _) in itertools.pairwise(rows):
+        assert 0 < len(row.lengths) <= 150
+        assert len(row.lengths) + after.patches_per_document[0] > 150  # it would not have fitted
+        tokens = np.split(row.tokens, np.cumsum(tokens_per_document(row))[:-1])
+        for id, document in zip(row.record_ids, tokens, strict=True):
+            whole = record_document(
+                corpus.records["speech"][id], corpus.vocabulary, corpus.tokenizer, UNUSED, "asr"
+            )
+            assert document.tolist() == whole.tokens.tolist()
+            counts[id] += 1
+        assert (state.carry is None) == (len(row.lengths) == 150)
+        assert state.carry is None or state.carry.consumed == 0
+    lengths = {
+        id: sum(patch_document(
+            record_document(record, corpus.vocabulary, corpus.tokenizer, UNUSED, "asr"),
+            corpus.vocabulary, Static(size=4),
+        ).patches_per_document)
+        for id, record in corpus.records["speech"].items()
+    }  # fmt: skip
+    ours = list(lengths)[2::4]
+    too_long = [id for id in ours if lengths[id] > 150]
+    assert too_long  # "long" is one of them
+    assert set(counts) == set(ours) - set(too_long)
+    source = rows[-1][1].sources["speech:asr"]
+    assert source.left_out == pytest.approx(len(too_long) * source.epoch, abs=len(too_long))
+    assert max(counts.values()) - min(counts.values()) <= 1
+
+
+def test_a_lane_of_whole_documents_goes_on_from_any_of_its_states(make_lane):
+    options = {"weights": {"speech:tts": 1.0, "text": 1.0}, "row_units": 150}
+    rows = rows_of(make_lane(**options), 60)
+    for row in range(0, 55, 4):
+        state = LaneState.from_json(json.loads(json.dumps(rows[row][1].to_json())))
+        same_rows(rows_of(make_lane(**options), 3, state), rows[row + 1 : row + 4])
+
+
+def test_a_lane_whose_rows_hold_no_document_of_a_task_is_an_error(make_lane):
+    lane = make_lane(weights={"speech:asr": 1.0}, row_units=12)
+    expected = r"'speech:asr' .*: expected documents of at most 12 units, .* got none \('s\d+' has"
+    with pytest.raises(UserError, match=expected):
+        rows_of(lane, 1)
 
 
 @pytest.mark.parametrize("key", ["speech:", ":speech", "speech:song", "speech:auto:text", ""])
