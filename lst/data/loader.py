@@ -250,9 +250,13 @@ def validation_batches(
     seed: int,
     rank: int = 0,
     world_size: int = 1,
+    task: Task | None = None,
 ) -> Iterator[Batch]:
     """Every record of a dataset once, as whole documents; the same at every call. Speech is in
     patches of the final strategy.
+
+    Of a ``task`` documents are made of the records that have both text and units, and there may be
+    none.
 
     Rank r takes records r, r + world_size, …, so ranks may get different numbers of batches. A
     batch holds at most ``units_per_batch`` units, or one longer document alone.
@@ -262,8 +266,12 @@ def validation_batches(
     units = 0
     for index in range(rank, len(dataset), world_size):
         record = dataset[index]
+        if task is not None and (record.text is None or record.units is None):
+            continue
         rng = stable_rng(seed, "validation", record.id)
-        document = record_document(record, vocabulary, tokenizer, rng, alignment=patching.alignment)
+        document = record_document(
+            record, vocabulary, tokenizer, rng, task or "auto", alignment=patching.alignment
+        )
         part = patch_document(document, vocabulary, strategy)
         if parts and units + len(part.lengths) > units_per_batch:
             yield plan_batch(concatenate(parts), vocabulary, plan)

@@ -1,4 +1,12 @@
-"""``python -m lst.train [PRESET] [--options]``, or the same under ``torchrun``."""
+"""``python -m lst.train [PRESET] [--options]``, or the same under ``torchrun``.
+
+What the options show as their values, and keep where they are not given, is first
+
+    the preset
+    → with --init-from and no preset, the configuration that the checkpoint was trained with
+    → with --task, that of fine-tuning: documents of the task, static patches, no stories
+    → with --resume and no preset, the configuration of the run
+"""
 
 import sys
 import time
@@ -8,14 +16,16 @@ from typing import Annotated
 
 import tyro
 
+from lst.data.interleave import TASKS, Task
+from lst.data.patching import PatchingConfig
 from lst.errors import UserError, run_command
 from lst.model.llama import from_llama
 from lst.presets import DESCRIPTIONS, PRESETS
-from lst.train.config import TrainConfig
+from lst.train.config import TrainConfig, read_config
 from lst.train.distributed import SharedError, launched_rank
 from lst.train.dry_run import dry_run
 from lst.train.loop import train
-from lst.train.run_folder import holds_run, read_run_config
+from lst.train.run_folder import CONFIG, holds_run, read_run_config
 
 DEFAULT_PRESET = "demo"
 SILENCE = 5.0  # seconds that the other ranks leave rank 0 to speak of a mistake
@@ -26,6 +36,9 @@ class Command:
     """What stands after the preset."""
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    # Fine-tune to transcribe speech or to speak text: learn the answer of documents DATASET:asr or
+    # DATASET:tts alone.
+    task: Task | None = None
     resume: str | None = None  # go on with the run in this folder; auto: in --out, or start it
     dry_run: bool = False  # print what the run would take, and train nothing
     gpus: int | None = None  # of --dry-run; None: as many as torchrun starts processes, or 1
@@ -34,6 +47,11 @@ class Command:
         if self.gpus is not None and (not self.dry_run or self.gpus < 1):
             asked = f"{self.gpus}{'' if self.dry_run else ' without --dry-run'}"
             raise UserError(f"--gpus: expected 1 or more, of a --dry-run, got {asked}")
+        if self.task is not None and self.config.data.task != self.task:
+            raise UserError(
+                f"--task {self.task}: expected a mixture with documents of that task and of no "
+                f"other, DATASET:{self.task}, got {', '.join(self.config.data.mixture)}"
+            )
 
 
 def parse(arguments: list[str]) -> Command:
@@ -48,9 +66,9 @@ def parse(arguments: list[str]) -> Command:
         preset, *options = arguments
         if preset not in PRESETS:
             raise UserError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
-    resumed = _resumed_folder(options, PRESETS[preset or DEFAULT_PRESET].out)
+    base = _first_values(preset, options)
+    resumed = _resumed_folder(options, base.out)
     started = None if resumed is None else replace(read_run_config(resumed), out=resumed)
-    base = PRESETS[preset or DEFAULT_PRESET]
     if started is not None:
         base = started if preset is None else replace(base, out=started.out)
     command = tyro.cli(
@@ -70,6 +88,30 @@ def parse(arguments: list[str]) -> Command:
     if config.warm_start is not None and (started is None or preset is not None):
         config = replace(config, model=from_llama(config.model, config.warm_start))
     return replace(command, config=config, resume=None if resumed is None else str(resumed))
+
+
+def _first_values(preset: str | None, options: list[str]) -> TrainConfig:
+    """The configuration that the options of a run that is not resumed are changes of."""
+    base = PRESETS[preset or DEFAULT_PRESET]
+    init, task = _value("--init-from", options), _value("--task", options)
+    if init is not None and preset is None:
+        base = replace(read_config(Path(init) / CONFIG), warm_start=None)
+    return fine_tuning(base, task) if task in TASKS else base
+
+
+def fine_tuning(config: TrainConfig, task: Task) -> TrainConfig:
+    """A run that learns a task from the corpus's ``speech``; speech in the patches in which the
+    model of ``config`` is evaluated, as what is left of a curriculum."""
+    patching = config.data.patching
+    if patching.strategy in ("curriculum", "mixed"):
+        patching = PatchingConfig(strategy="static", size=patching.size)
+    return replace(
+        config,
+        name=f"{config.name}-{task}",
+        data=replace(config.data, mixture={f"speech:{task}": 1.0}, patching=patching),
+        out=config.out.with_name(f"{config.out.name}-{task}"),
+        evaluate=False,
+    )
 
 
 OPTIONS = tyro.constructors.ConstructorRegistry()

@@ -1,7 +1,9 @@
 """What a training run is made of, as typed values, and the same as strict JSON.
 
 A run's ``config.json`` says everything that its results depend on. Reading is strict: a key that is
-unknown, missing or of another type is an error that names it, never a default taken in silence.
+unknown, missing or of another type is an error that names it, never a default taken in silence. A
+field that is younger than files still read (``YOUNGER``) has its default for what they were made
+by.
 """
 
 import dataclasses
@@ -17,6 +19,7 @@ from lst.errors import UserError
 from lst.model import ModelConfig
 
 T = TypeVar("T")
+YOUNGER = {"younger": True}  # metadata of a field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +97,9 @@ class TrainConfig:
     peak_tflops: float | None = None  # of one device, that MFU is of; None: what its name tells
     warm_start: Path | None = None  # a Llama checkpoint that gives the global transformer, which
     # ``model`` then describes (lst.model.llama); read at the start of a run alone
+    # A run or checkpoint whose weights this one begins with, with a fresh optimizer and schedule;
+    # model, vocabulary and codebook must be its own. Read at the start of a run alone.
+    init_from: Path | None = field(default=None, metadata=YOUNGER)
     wandb: str | None = None  # a project of Weights & Biases to log to as well
 
     def __post_init__(self) -> None:
@@ -114,6 +120,8 @@ class TrainConfig:
         _expect(self.hang_timeout >= 0, "hang-timeout", "0 or more", self.hang_timeout)
         if self.peak_tflops is not None:
             _expect(self.peak_tflops > 0, "peak-tflops", "more than 0", self.peak_tflops)
+        if self.init_from is not None and self.warm_start is not None:
+            raise UserError("--init-from: expected it or --warm-start, got both")
         _expect(0 <= self.seed < 2**63, "seed", "0 or more, below 2^63", self.seed)
 
 
@@ -237,6 +245,10 @@ def _read(kind: Any, value: Any, key: str, where: str) -> Any:
 
 def _read_dataclass(kind: Any, values: dict[str, Any], key: str, where: str) -> Any:
     hints = typing.get_type_hints(kind)
+    younger = {
+        field.name: field.default for field in dataclasses.fields(kind) if field.metadata == YOUNGER
+    }
+    values = younger | values
     names = [field.name for field in dataclasses.fields(kind)]
     prefix = f"{key}." if key else ""
     for name in values:

@@ -44,7 +44,7 @@ from lst.train.status import LOST_WORKER, Status, describe_error
 from lst.train.step import backward, global_counts, read_step, rehearse
 from lst.train.stories import complete_stories
 from lst.train.validation import validate
-from lst.train.warm_start import start_from_llama
+from lst.train.warm_start import start_from_checkpoint, start_from_llama
 from lst.train.watchdog import Watchdog
 
 MAX_RECORDS = 16  # named in a message; events.jsonl names all
@@ -176,6 +176,8 @@ def prepare(
             initialise_weights(model, config.seed)
             if config.warm_start is not None:
                 start_from_llama(model, config, corpus)
+            if config.init_from is not None:
+                start_from_checkpoint(model, config, corpus)
         status.begin()  # nothing before it leaves anything of a new run
         peak = find_peak(world.device, config.peak_tflops)
         log = MetricsLog(
@@ -236,6 +238,7 @@ def take_steps(run: Run, interrupt: Interrupt) -> None:
             stop = losses is None
             if losses is not None:
                 log.validation(step, losses, run.state.seen)
+                tell_left_out(run)
                 run.state = replace(run.state, validated=step)
         last = stop or step == config.steps
         run.watch.now("a checkpoint", slow=True)
@@ -346,6 +349,19 @@ def tell_anomalies(
             f"last checkpoint: {run.checkpoints.last() or 'none'}"
         )
     run.log.say(message + ("; the update is skipped" if state.skipped_in_a_row else ""))
+
+
+def tell_left_out(run: Run) -> None:
+    """Say how many documents so far no row could hold (lst.data.lanes); every rank calls it."""
+    sources = (source for lane in run.state.lanes.values() for source in lane["sources"].values())
+    number = int(run.world.sum(torch.tensor(sum(source.get("left_out", 0) for source in sources))))
+    if number:
+        step, units = run.state.step, run.config.data.units_per_sequence - 1
+        run.log.event(step, {"event": "left out", "documents": number})
+        run.log.say(
+            f"step {step}: {number} documents so far were left out, being longer than a row of "
+            f"{units} units (--data.units-per-sequence)"
+        )
 
 
 def validation_is_due(config: TrainConfig, state: State) -> bool:

@@ -39,6 +39,7 @@ def validate(
                 seed=config.seed,
                 rank=world.rank,
                 world_size=world.size,
+                task=config.data.task,
             )
             for batch in batches:
                 if interrupt:
@@ -54,6 +55,8 @@ def validate(
         if stops:
             return None
         text, speech = world.sum(sums).tolist()
+        if not targets:  # no record is of the task that is learnt
+            continue
         losses[f"valid/{name}"] = Loss(
             text=text,
             speech=speech,

@@ -1,12 +1,43 @@
-"""A run whose global transformer, text embedding and head begin as those of a Llama checkpoint."""
+"""A run that begins with what was learnt before: all weights of a checkpoint of ours, or the global
+transformer, text embedding and head of a Llama checkpoint."""
+
+from dataclasses import replace
 
 from lst.errors import UserError
 from lst.model import LanguageModel
 from lst.model.llama import llama_weights
-from lst.train.config import TrainConfig
+from lst.train.checkpoint import find_checkpoint, load_tensors, read_state
+from lst.train.config import TrainConfig, differences, read_config
 from lst.train.corpus import Corpus
 from lst.train.parallel import fill_weights
-from lst.vocabulary import fingerprint
+from lst.train.run_folder import CONFIG
+from lst.vocabulary import Tokenizer, fingerprint
+
+
+def start_from_checkpoint(model: LanguageModel, config: TrainConfig, corpus: Corpus) -> None:
+    """Fill all weights from ``config.init_from``, a checkpoint or a run folder for its newest.
+
+    Raises:
+        UserError: it is not one, or is of another model, tokenizer, vocabulary or codebook.
+    """
+    assert config.init_from is not None
+    folder = find_checkpoint(config.init_from)
+    theirs = replace(config, model=read_config(folder / CONFIG).model)
+    for key, expected, got in differences(theirs, config):
+        raise UserError(f"{folder}: expected {key} = {expected}, as it was trained, got {got}")
+    expected, got = Tokenizer.load(folder).fingerprint, corpus.tokenizer.fingerprint
+    if expected != got:
+        raise UserError(
+            f"{config.data.corpus}: expected a corpus made with the tokenizer of {folder}, "
+            f"{expected}, got {got}"
+        )
+    state = read_state(folder)
+    if state.vocabulary != corpus.vocabulary:
+        raise UserError(
+            f"{config.data.corpus}: expected the vocabulary of {folder}, {state.vocabulary}, "
+            f"got {corpus.vocabulary}"
+        )
+    load_tensors(folder, model)
 
 
 def start_from_llama(model: LanguageModel, config: TrainConfig, corpus: Corpus) -> None:
