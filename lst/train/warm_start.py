@@ -25,13 +25,17 @@ def start_from_checkpoint(model: LanguageModel, config: TrainConfig, corpus: Cor
     theirs = replace(config, model=read_config(folder / CONFIG).model)
     for key, expected, got in differences(theirs, config):
         raise UserError(f"{folder}: expected {key} = {expected}, as it was trained, got {got}")
-    expected, got = Tokenizer.load(folder).fingerprint, corpus.tokenizer.fingerprint
-    if expected != got:
-        raise UserError(
-            f"{config.data.corpus}: expected a corpus made with the tokenizer of {folder}, "
-            f"{expected}, got {got}"
-        )
     state = read_state(folder)
+    made_with = {
+        "tokenizer": (Tokenizer.load(folder).fingerprint, corpus.tokenizer.fingerprint),
+        "codebook": (state.codebook, corpus.codebook),  # None where there is none, or none is known
+    }
+    for name, (asked, found) in made_with.items():
+        if None not in (asked, found) and asked != found:
+            raise UserError(
+                f"{config.data.corpus}: expected a corpus made with the {name} of {folder}, "
+                f"{asked}, got {found}"
+            )
     if state.vocabulary != corpus.vocabulary:
         raise UserError(
             f"{config.data.corpus}: expected the vocabulary of {folder}, {state.vocabulary}, "

@@ -167,15 +167,16 @@ def test_another_model_is_refused(
     assert not config.out.exists()
 
 
-def write_corpus(folder: Path, *, lines: list[str], num_units: int) -> Path:
+def write_corpus(folder: Path, *, lines: list[str], codebook: str | None = None) -> Path:
+    folder.mkdir()
     tokenizer = train_tokenizer(lines, folder / "tokenizer.model", num_pieces=300)
     record = Record("r", lines[0], np.zeros(9, np.int16), None, None, None, "test")
     for split in ("train", "valid"):
         with RecordWriter(
             folder / split / "speech",
-            codebook=None,
+            codebook=codebook,
             tokenizer=tokenizer.fingerprint,
-            num_units=num_units,
+            num_units=20,
         ) as writer:
             writer.write(record)
     return folder
@@ -185,8 +186,7 @@ def test_a_corpus_of_another_tokenizer_or_codebook_is_refused(
     trained: TrainConfig, corpus: Path, tmp_path: Path
 ) -> None:
     config = task_run(trained, "asr", tmp_path / "run")
-    (tmp_path / "spoken").mkdir()
-    other = write_corpus(tmp_path / "spoken", lines=["entirely other words"] * 9, num_units=20)
+    other = write_corpus(tmp_path / "spoken", lines=["entirely other words"] * 9)
     with pytest.raises(UserError, match=r"spoken: expected a corpus made with the tokenizer of .*"):
         train(replace(config, data=replace(config.data, corpus=str(other))))
 
@@ -199,6 +199,18 @@ def test_a_corpus_of_another_tokenizer_or_codebook_is_refused(
         writer.write(record)
     with pytest.raises(UserError, match=r"wide: expected the vocabulary of .*num_units=20.* got "):
         train(replace(config, data=replace(config.data, corpus=str(wide))))
+
+    ours, theirs = (
+        write_corpus(tmp_path / name, lines=["the same words"] * 9, codebook=f"sha256:{name}")
+        for name in ("ours", "theirs")
+    )
+    run = fine_tuning(replace(trained, out=tmp_path / "of", steps=1), "asr")
+    run = replace(run, data=replace(run.data, corpus=str(ours)))
+    train(run)
+    config = replace(run, init_from=run.out, out=config.out)
+    with pytest.raises(UserError, match=r"theirs: expected a corpus made with the codebook of .*"
+                       r"step-00000001, sha256:ours, got sha256:theirs"):  # fmt: skip
+        train(replace(config, data=replace(config.data, corpus=str(theirs))))
     assert not config.out.exists()
 
 
