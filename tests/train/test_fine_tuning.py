@@ -201,7 +201,9 @@ def test_a_corpus_of_another_tokenizer_or_codebook_is_refused(
         train(replace(config, data=replace(config.data, corpus=str(wide))))
 
     ours, theirs = (
-        write_corpus(tmp_path / name, lines=["the same words"] * 9, codebook=f"sha256:{name}")
+        write_corpus(
+            tmp_path / name, lines=["a story of small red foxes"] * 9, codebook=f"sha256:{name}"
+        )
         for name in ("ours", "theirs")
     )
     run = fine_tuning(replace(trained, out=tmp_path / "of", steps=1), "asr")
