@@ -39,7 +39,7 @@ from lst.errors import UserError
 from lst.files import reason
 from lst.vocabulary import Tokenizer
 
-__all__ = ["EncodedDataset", "EncodedRecord", "encode_record"]
+__all__ = ["EncodedDataset", "EncodedRecord", "encode_record", "word_pieces"]
 
 FORMAT = 1  # of the files; raised when their content changes
 AlignedBy = Literal["words", "pieces"]
@@ -77,7 +77,7 @@ def encode_record(record: Record, tokenizer: Tokenizer, by: AlignedBy = "words")
     pieces, cuts = np.zeros(0, np.int32), np.zeros(1, np.int32)
     if record.words:
         words = np.array([(word.start, word.stop) for word in record.words], np.int32)
-        pieces, cuts = _word_pieces([word.word for word in record.words], tokenizer)
+        pieces, cuts = word_pieces([word.word for word in record.words], tokenizer)
     return EncodedRecord(
         id=record.id,
         text=None if record.text is None else np.array(tokenizer.encode(record.text), np.int32),
@@ -89,7 +89,12 @@ def encode_record(record: Record, tokenizer: Tokenizer, by: AlignedBy = "words")
     )
 
 
-def _word_pieces(words: Sequence[str], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+def word_pieces(words: Sequence[str], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """:attr:`EncodedRecord.pieces` and ``cuts`` of words, or of longer parts of a text.
+
+    Raises:
+        UserError: the tokenizer changes the text, so that its pieces cannot be told apart.
+    """
     text = " ".join(words)
     pieces = np.array(tokenizer.encode(text), np.int32)
     parts = [tokenizer.encode(word) for word in words]

@@ -1,0 +1,339 @@
+"""``python -m lst.generate CHECKPOINT --prompt …``: continue text and speech with a trained model.
+
+--prompt is text, or an audio file where it ends in .wav, .flac, .mp3 or .ogg, and may be given
+several times: the parts follow one another. The continuation goes to stdout, stretches of speech in
+it as [1.24 s of speech]; --out makes a folder with the sound as well.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import tyro
+
+from lst.data.patching import patch_lengths
+from lst.errors import UserError, run_command
+from lst.files import making_folder
+from lst.generate import Continuation, Generator, Sampling
+from lst.generate.prompt import Span, audio_units, open_units, prompt_tokens, spans_of
+from lst.generate.requests import Request, audio_or_text, read_requests, stop_ids
+from lst.generate.sampling import Modality
+from lst.pretrained import Pretrained
+from lst.speech.sound import UnitVoice, load_voice, sound_of
+from lst.speech.synthesis import SAMPLE_RATE
+from lst.speech.units import FRAME_SAMPLES, LogMelKMeans, UnitEncoder
+from lst.train.checkpoint import load_trained
+from lst.vocabulary import Tokenizer, Vocabulary
+
+FRAMES_PER_SECOND = SAMPLE_RATE // FRAME_SAMPLES
+ALIGNED = np.zeros((0, 2), np.int32)  # nothing is
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """What to continue, with what, and how."""
+
+    checkpoint: Annotated[Path, tyro.conf.Positional]
+    """A run folder, a checkpoint, a pretrained folder, or the name of one on the hub."""
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Text or an audio file; several in their order. None at all: from the start of a document."""
+    prompts: Path | None = None
+    """A JSONL file of requests, a line each, to continue many: {"prompt": "Once"}."""
+    out: Path | None = None
+    """A folder to make: continuation.txt, continuation.json, prompt.wav and continuation.wav; with
+    several results a folder each, and results.jsonl."""
+    num_samples: int = 1
+    """Continuations of each prompt; number i draws as with --seed SEED + i."""
+    modality: Modality = "any"
+    """Of what is generated: text, speech, or what the model chooses."""
+    max_tokens: int = 256
+    """Generated tokens at most: pieces of text, units of speech, markers."""
+    seconds: float | None = None
+    """With --modality speech: so much speech at most, in the place of --max-tokens."""
+    temperature: float = 1.0
+    """0: always the likeliest token."""
+    top_k: int | None = None
+    """Draw from the so many likeliest tokens."""
+    top_p: float | None = None
+    """Draw from the fewest likeliest tokens that have this probability together."""
+    repetition_penalty: float = 1.0
+    """Above 1: tokens that are there already become less likely."""
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """End at a token with this text in it, or at <t> or <s>; may be given several times."""
+    seed: int = 0
+    """Of what is drawn."""
+    context: int | None = None
+    """Units (patches) that prompt and continuation may have; None: as in training."""
+    max_prompt_seconds: float = 60.0
+    """Longer audio is refused."""
+    batch_size: int = 16
+    """Continuations made together; each is what it would be alone."""
+    codebook: Path | None = None
+    """Of the model's speech units; None: the log-mel codebook that comes with the model."""
+    hubert: str | None = None
+    """The HuBERT that --codebook is of, a folder or a hub name; with --layer."""
+    layer: int | None = None
+    """Of HuBERT, whose output the codebook is of."""
+    voice: Path | None = None
+    """What speaks units: the folder of a vocoder; None: the codebook, by inversion."""
+    speaker: str | None = None
+    """One of the vocoder's."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the model runs."""
+
+    def __post_init__(self) -> None:
+        if self.prompt and self.prompts is not None:
+            raise UserError("expected --prompt or --prompts, got both")
+        for name in ("num_samples", "batch_size"):
+            _expect(getattr(self, name) >= 1, name, "1 or more", getattr(self, name))
+        if self.context is not None:
+            _expect(self.context >= 1, "context", "1 or more", self.context)
+        _expect(self.max_prompt_seconds > 0, "max-prompt-seconds", "more", self.max_prompt_seconds)
+        if self.seconds is not None:
+            _expect(0 < self.seconds < np.inf, "seconds", "more than 0", self.seconds)
+            _expect(
+                self.modality == "speech", "seconds", "it with --modality speech", self.modality
+            )
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device cuda: expected a GPU, got none")
+
+
+def _expect(holds: bool, name: str, expected: str, got: object) -> None:
+    if not holds:
+        raise UserError(f"--{name.replace('_', '-')}: expected {expected}, got {got}")
+
+
+# Results ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What came of a request."""
+
+    request: Request
+    sample: int
+    prompt: np.ndarray  # (T,) joint ids
+    continuation: Continuation
+    spans: list[Span]
+
+    @property
+    def name(self) -> str:
+        return f"{self.request.name}-{self.sample}"
+
+    def to_json(self) -> dict[str, Any]:
+        made = self.continuation
+        return {
+            "id": self.request.name,
+            "sample": self.sample,
+            "text": readable(self.spans),
+            "stopped": made.stopped,
+            "tokens": len(made.tokens),
+            "logprob": float(made.logprobs.astype(np.float64).sum()),
+            "spans": _spans_json(self.spans),
+        }
+
+
+def _spans_json(spans: Sequence[Span]) -> list[dict[str, Any]]:
+    return [{"text": s} if isinstance(s, str) else {"units": s.tolist()} for s in spans]
+
+
+def readable(spans: Sequence[Span]) -> str:
+    """Spans as text; a stretch of speech says how long it is."""
+    parts = [
+        span if isinstance(span, str) else f"[{len(span) / FRAMES_PER_SECOND:.2f} s of speech]"
+        for span in spans
+    ]
+    return " ".join(parts)
+
+
+class Reader:
+    """Prints a continuation as it comes: text as soon as it is whole characters, a stretch of
+    speech when it ends."""
+
+    def __init__(self, prompt: np.ndarray, vocabulary: Vocabulary, tokenizer: Tokenizer) -> None:
+        self._prompt, self._vocabulary, self._tokenizer = prompt, vocabulary, tokenizer
+        self._tokens: list[int] = []
+        self._shown = ""
+
+    def __call__(self, number: int, token: int, nats: float) -> None:
+        self._tokens.append(token)
+        if self._vocabulary.is_unit(token):
+            return
+        tokens = np.array(self._tokens, np.int32)
+        spans = spans_of(tokens, self._vocabulary, self._tokenizer, after=self._prompt)
+        self.show(readable(spans).rstrip("\N{REPLACEMENT CHARACTER}"))
+
+    def show(self, text: str) -> None:
+        if text.startswith(self._shown):
+            print(text[len(self._shown) :], end="", flush=True)
+            self._shown = text
+
+
+# Work ---------------------------------------------------------------------------------------------
+
+
+class Studio:
+    """A model with what it takes to hear and to speak, which is opened when it is first needed."""
+
+    def __init__(self, config: GenerateConfig) -> None:
+        self.config = config
+        self.trained: Pretrained = load_trained(config.checkpoint, config.device)
+        trained = self.trained
+        self.generator = Generator(
+            trained.model,
+            trained.vocabulary,
+            trained.config.model,
+            trained.config.data.patching,
+            device=config.device,
+            context=config.context or trained.config.data.units_per_sequence,
+        )
+        self._encoder: UnitEncoder | None = None
+
+    def listen(self, path: Path) -> np.ndarray:
+        """An audio file → (F,) units of the model's codebook."""
+        config = self.config
+        if self._encoder is None:
+            self._encoder = open_units(
+                self.trained,
+                codebook=config.codebook,
+                hubert=config.hubert,
+                layer=config.layer,
+                device=config.device,
+            )
+        return audio_units(path, self._encoder, max_seconds=config.max_prompt_seconds)
+
+    def voice(self) -> LogMelKMeans | UnitVoice | None:
+        """None where nothing here speaks the model's units."""
+        config = self.config
+        if config.voice is not None:
+            return load_voice(config.voice)
+        path = config.codebook or self.trained.codebook_file
+        return None if path is None or config.hubert is not None else load_voice(path)
+
+    def tokens(self, request: Request) -> np.ndarray:
+        """The prompt of a request.
+
+        Raises:
+            UserError: it is longer than the context.
+        """
+        trained, context = self.trained, self.generator.context
+        try:
+            tokens = prompt_tokens(
+                request.spans,
+                trained.vocabulary,
+                trained.tokenizer,
+                then=request.sampling.modality,
+            )
+        except UserError as error:
+            raise UserError(f"{request.where}: {error}") from None
+        strategy = self.generator.strategy
+        patches = len(patch_lengths(tokens, trained.vocabulary, strategy, aligned=ALIGNED)[0])
+        if context is not None and patches >= context:
+            raise UserError(
+                f"{request.where}: expected a prompt that leaves room in a context of {context} "
+                f"units (--context), got one of {patches}"
+            )
+        return tokens
+
+
+def generate(config: GenerateConfig) -> list[Result]:
+    """Answer what a command asks for, and print or write it.
+
+    Raises:
+        UserError: options, files or a model that cannot be used. Nothing is written then.
+    """
+    # The folder is asked for first, and there at the end; nobody should wait for an error.
+    with nullcontext(None) if config.out is None else making_folder(config.out) as folder:
+        studio = Studio(config)
+        voice = studio.voice() if folder is not None else None
+        requests = _requests(config, studio)
+        prompts = [studio.tokens(request) for request in requests]
+        results = list(_answer(config, studio, requests, prompts))
+        if config.prompts is None:
+            _print(config, results)
+        elif folder is None:
+            for result in results:
+                print(json.dumps(result.to_json(), ensure_ascii=False))
+        if folder is not None:
+            _write(folder, results, studio, voice)
+    return results
+
+
+def _requests(config: GenerateConfig, studio: Studio) -> list[Request]:
+    trained = studio.trained
+    sampling = Sampling(
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        repetition_penalty=config.repetition_penalty,
+        modality=config.modality,
+        max_tokens=config.max_tokens,
+        stop=tuple(stop_ids(config.stop, trained.vocabulary, trained.tokenizer)),
+        seed=config.seed,
+    )
+    if config.seconds is not None:
+        sampling = replace(sampling, max_tokens=max(1, round(config.seconds * FRAMES_PER_SECOND)))
+    if config.prompts is not None:
+        return read_requests(config.prompts, sampling, studio.listen)
+    spans = [audio_or_text(part, studio.listen) for part in config.prompt]
+    return [Request(name="continuation", where="--prompt", spans=spans, sampling=sampling)]
+
+
+def _answer(
+    config: GenerateConfig,
+    studio: Studio,
+    requests: Sequence[Request],
+    prompts: Sequence[np.ndarray],
+) -> Iterator[Result]:
+    vocabulary, tokenizer = studio.trained.vocabulary, studio.trained.tokenizer
+    asked = [
+        (request, prompt, sample)
+        for request, prompt in zip(requests, prompts, strict=True)
+        for sample in range(config.num_samples)
+    ]
+    is_one = config.prompts is None and len(asked) == 1
+    reader = Reader(prompts[0], vocabulary, tokenizer) if is_one else None
+    for first in range(0, len(asked), config.batch_size):
+        batch = asked[first : first + config.batch_size]
+        samplings = [
+            replace(request.sampling, seed=request.sampling.seed + sample)
+            for request, _, sample in batch
+        ]
+        made = studio.generator.generate([p for _, p, _ in batch], samplings, on_token=reader)
+        for (request, prompt, sample), continuation in zip(batch, made, strict=True):
+            spans = spans_of(continuation.tokens, vocabulary, tokenizer, after=prompt)
+            yield Result(
+                request=request,
+                sample=sample,
+                prompt=prompt,
+                continuation=continuation,
+                spans=spans,
+            )
+            if reader is not None:
+                reader.show(readable(spans))
+                print(flush=True)
+
+
+def _print(config: GenerateConfig, results: Sequence[Result]) -> None:
+    """Those of several samples; a single one was printed as it came."""
+    if config.num_samples > 1:
+        for result in results:
+            print(f"--- {result.sample}\n{readable(result.spans)}")
+
+
+# Files --------------------------------------------------------------------------------------------
+
+
+def _write(
+    folder: Path,
+    results: Sequence[Result],
+    studio: Studio,
+    voice: LogMelKMeans | UnitVoice | None,
+) -> None:
+    """Write all results into a folder."""
