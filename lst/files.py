@@ -26,6 +26,7 @@ from lst.errors import UserError
 
 __all__ = [
     "Location",
+    "expect_absent",
     "fsync",
     "making_folder",
     "reason",
@@ -141,6 +142,13 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def expect_absent(path: Path) -> None:
+    """Raise UserError where there is something that a folder to make would take the place of."""
+    with writing(path):
+        if path.exists() or path.is_symlink():
+            raise UserError(f"{path}: expected a folder to make, got one that is there")
+
+
 @contextmanager
 def making_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside ``path``, to fill. At the end of the block it becomes ``path``, and
@@ -149,9 +157,8 @@ def making_folder(path: Path) -> Iterator[Path]:
     Raises:
         UserError: something is there already, or the folder cannot be written.
     """
+    expect_absent(path)
     with writing(path):
-        if path.exists() or path.is_symlink():
-            raise UserError(f"{path}: expected a folder to make, got one that is there")
         temporary = path.absolute()
         temporary = temporary.with_name(f".{temporary.name}.{os.getpid()}.tmp")
         try:

@@ -8,8 +8,7 @@ it as [1.24 s of speech]; --out makes a folder with the sound as well.
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,12 +18,13 @@ import tyro
 
 from lst.data.patching import patch_lengths
 from lst.errors import UserError, run_command
-from lst.files import making_folder
+from lst.files import expect_absent, making_folder, write_atomically, write_json
 from lst.generate import Continuation, Generator, Sampling
 from lst.generate.prompt import Span, audio_units, open_units, prompt_tokens, spans_of
 from lst.generate.requests import Request, audio_or_text, read_requests, stop_ids
 from lst.generate.sampling import Modality
 from lst.pretrained import Pretrained
+from lst.speech.audio import write_wav
 from lst.speech.sound import UnitVoice, load_voice, sound_of
 from lst.speech.synthesis import SAMPLE_RATE
 from lst.speech.units import FRAME_SAMPLES, LogMelKMeans, UnitEncoder
@@ -32,6 +32,7 @@ from lst.train.checkpoint import load_trained
 from lst.vocabulary import Tokenizer, Vocabulary
 
 FRAMES_PER_SECOND = SAMPLE_RATE // FRAME_SAMPLES
+STORY, UNITS, RESULTS = "continuation.txt", "units.json", "results.jsonl"
 ALIGNED = np.zeros((0, 2), np.int32)  # nothing is
 
 
@@ -46,7 +47,7 @@ class GenerateConfig:
     prompts: Path | None = None
     """A JSONL file of requests, a line each, to continue many: {"prompt": "Once"}."""
     out: Path | None = None
-    """A folder to make: continuation.txt, continuation.json, prompt.wav and continuation.wav; with
+    """A folder to make: continuation.txt, units.json, prompt.wav and continuation.wav; with
     several results a folder each, and results.jsonl."""
     num_samples: int = 1
     """Continuations of each prompt; number i draws as with --seed SEED + i."""
@@ -122,10 +123,6 @@ class Result:
     continuation: Continuation
     spans: list[Span]
 
-    @property
-    def name(self) -> str:
-        return f"{self.request.name}-{self.sample}"
-
     def to_json(self) -> dict[str, Any]:
         made = self.continuation
         return {
@@ -167,18 +164,20 @@ class Reader:
             return
         tokens = np.array(self._tokens, np.int32)
         spans = spans_of(tokens, self._vocabulary, self._tokenizer, after=self._prompt)
-        self.show(readable(spans).rstrip("\N{REPLACEMENT CHARACTER}"))
-
-    def show(self, text: str) -> None:
+        text = readable(spans).rstrip("\N{REPLACEMENT CHARACTER}")
         if text.startswith(self._shown):
             print(text[len(self._shown) :], end="", flush=True)
             self._shown = text
+
+    def finish(self, text: str) -> None:
+        """Print what is left of the whole."""
+        print(text.removeprefix(self._shown), flush=True)
 
 
 # Work ---------------------------------------------------------------------------------------------
 
 
-class Studio:
+class Loaded:
     """A model with what it takes to hear and to speak, which is opened when it is first needed."""
 
     def __init__(self, config: GenerateConfig) -> None:
@@ -209,12 +208,24 @@ class Studio:
         return audio_units(path, self._encoder, max_seconds=config.max_prompt_seconds)
 
     def voice(self) -> LogMelKMeans | UnitVoice | None:
-        """None where nothing here speaks the model's units."""
+        """What speaks the model's units; None, said on stderr, where nothing here does.
+
+        Raises:
+            UserError: a voice for other units, or one that does not know the speaker.
+        """
         config = self.config
-        if config.voice is not None:
-            return load_voice(config.voice)
-        path = config.codebook or self.trained.codebook_file
-        return None if path is None or config.hubert is not None else load_voice(path)
+        path = config.voice or config.codebook or self.trained.codebook_file
+        if path is None or (config.voice is None and config.hubert is not None):
+            print("no sound is made: nothing here speaks the units; --voice", file=sys.stderr)
+            return None
+        voice = load_voice(path)
+        self.speak(np.zeros(0, np.int16), voice)
+        return voice
+
+    def speak(self, units: np.ndarray, voice: LogMelKMeans | UnitVoice) -> np.ndarray:
+        """(F,) units → (n,) float32 at 16 kHz."""
+        codebook, speaker = self.trained.codebook, self.config.speaker
+        return sound_of(units, voice, codebook=codebook, speaker=speaker)
 
     def tokens(self, request: Request) -> np.ndarray:
         """The prompt of a request.
@@ -248,25 +259,26 @@ def generate(config: GenerateConfig) -> list[Result]:
     Raises:
         UserError: options, files or a model that cannot be used. Nothing is written then.
     """
-    # The folder is asked for first, and there at the end; nobody should wait for an error.
-    with nullcontext(None) if config.out is None else making_folder(config.out) as folder:
-        studio = Studio(config)
-        voice = studio.voice() if folder is not None else None
-        requests = _requests(config, studio)
-        prompts = [studio.tokens(request) for request in requests]
-        results = list(_answer(config, studio, requests, prompts))
-        if config.prompts is None:
-            _print(config, results)
-        elif folder is None:
-            for result in results:
-                print(json.dumps(result.to_json(), ensure_ascii=False))
-        if folder is not None:
-            _write(folder, results, studio, voice)
+    if config.out is not None:
+        expect_absent(config.out)
+    loaded = Loaded(config)
+    voice = None if config.out is None else loaded.voice()
+    requests = _requests(config, loaded)
+    prompts = [loaded.tokens(request) for request in requests]
+    results = list(_answer(config, loaded, requests, prompts))
+    if config.out is not None:
+        _write(config.out, results, loaded, voice)
+    elif config.prompts is not None:
+        for result in results:
+            print(json.dumps(result.to_json(), ensure_ascii=False))
+    if config.prompts is None and config.num_samples > 1:
+        for result in results:
+            print(f"--- {result.sample}\n{readable(result.spans)}")
     return results
 
 
-def _requests(config: GenerateConfig, studio: Studio) -> list[Request]:
-    trained = studio.trained
+def _requests(config: GenerateConfig, loaded: Loaded) -> list[Request]:
+    trained = loaded.trained
     sampling = Sampling(
         temperature=config.temperature,
         top_k=config.top_k,
@@ -278,20 +290,25 @@ def _requests(config: GenerateConfig, studio: Studio) -> list[Request]:
         seed=config.seed,
     )
     if config.seconds is not None:
+        if trained.vocabulary.speech_bpe is not None:
+            raise UserError(
+                "--seconds: expected a model of units, each 40 ms, got one of a speech BPE, whose "
+                "pieces differ; --max-tokens"
+            )
         sampling = replace(sampling, max_tokens=max(1, round(config.seconds * FRAMES_PER_SECOND)))
     if config.prompts is not None:
-        return read_requests(config.prompts, sampling, studio.listen)
-    spans = [audio_or_text(part, studio.listen) for part in config.prompt]
+        return read_requests(config.prompts, sampling, loaded.listen)
+    spans = [audio_or_text(part, loaded.listen) for part in config.prompt]
     return [Request(name="continuation", where="--prompt", spans=spans, sampling=sampling)]
 
 
 def _answer(
     config: GenerateConfig,
-    studio: Studio,
+    loaded: Loaded,
     requests: Sequence[Request],
     prompts: Sequence[np.ndarray],
 ) -> Iterator[Result]:
-    vocabulary, tokenizer = studio.trained.vocabulary, studio.trained.tokenizer
+    vocabulary, tokenizer = loaded.trained.vocabulary, loaded.trained.tokenizer
     asked = [
         (request, prompt, sample)
         for request, prompt in zip(requests, prompts, strict=True)
@@ -305,7 +322,7 @@ def _answer(
             replace(request.sampling, seed=request.sampling.seed + sample)
             for request, _, sample in batch
         ]
-        made = studio.generator.generate([p for _, p, _ in batch], samplings, on_token=reader)
+        made = loaded.generator.generate([p for _, p, _ in batch], samplings, on_token=reader)
         for (request, prompt, sample), continuation in zip(batch, made, strict=True):
             spans = spans_of(continuation.tokens, vocabulary, tokenizer, after=prompt)
             yield Result(
@@ -316,24 +333,58 @@ def _answer(
                 spans=spans,
             )
             if reader is not None:
-                reader.show(readable(spans))
-                print(flush=True)
-
-
-def _print(config: GenerateConfig, results: Sequence[Result]) -> None:
-    """Those of several samples; a single one was printed as it came."""
-    if config.num_samples > 1:
-        for result in results:
-            print(f"--- {result.sample}\n{readable(result.spans)}")
+                reader.finish(readable(spans))
 
 
 # Files --------------------------------------------------------------------------------------------
 
 
 def _write(
-    folder: Path,
-    results: Sequence[Result],
-    studio: Studio,
-    voice: LogMelKMeans | UnitVoice | None,
+    out: Path, results: Sequence[Result], loaded: Loaded, voice: LogMelKMeans | UnitVoice | None
 ) -> None:
-    """Write all results into a folder."""
+    """Make the folder: the one result in it, or one folder for each."""
+    with making_folder(out) as folder:
+        if len(results) == 1 and loaded.config.prompts is None:
+            _write_result(folder, results[0], loaded, voice)
+            return
+        lines = []
+        for number, result in enumerate(results):
+            name = f"{number:05d}"
+            (folder / name).mkdir()
+            _write_result(folder / name, result, loaded, voice)
+            lines.append(json.dumps(result.to_json() | {"folder": name}, ensure_ascii=False))
+        write_atomically(folder / RESULTS, "".join(f"{line}\n" for line in lines))
+
+
+def _write_result(
+    folder: Path, result: Result, loaded: Loaded, voice: LogMelKMeans | UnitVoice | None
+) -> None:
+    trained, made = loaded.trained, result.continuation
+    prompt = spans_of(result.prompt, trained.vocabulary, trained.tokenizer)
+    write_atomically(folder / STORY, f"{readable(result.spans)}\n")
+    write_json(
+        folder / UNITS,
+        {
+            "prompt": _spans_json(prompt),
+            "continuation": _spans_json(result.spans),
+            "stopped": made.stopped,
+            "sampling": asdict(result.request.sampling) | {"sample": result.sample},
+            "prompt_tokens": result.prompt.tolist(),
+            "tokens": made.tokens.tolist(),
+            "logprobs": made.logprobs.astype(float).tolist(),
+            "patch_lengths": made.patch_lengths.tolist(),
+        },
+    )
+    for name, spans in (("prompt.wav", prompt), ("continuation.wav", result.spans)):
+        units = [span for span in spans if not isinstance(span, str)]
+        if units and voice is not None:
+            sound = [loaded.speak(each, voice) for each in units]
+            write_wav(folder / name, np.concatenate(sound))
+
+
+def main() -> None:
+    generate(tyro.cli(GenerateConfig, prog="python -m lst.generate", description=__doc__))
+
+
+if __name__ == "__main__":
+    run_command(main)

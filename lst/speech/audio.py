@@ -13,6 +13,7 @@ sound never has to be in memory.
 
 import os
 import re
+import wave
 from collections.abc import Callable, Sequence
 from math import gcd
 from pathlib import Path
@@ -23,7 +24,7 @@ import numpy as np
 from lst.errors import UserError
 from lst.speech.synthesis import SAMPLE_RATE
 
-__all__ = ["AUDIO_SUFFIXES", "AudioError", "AudioReader", "read_audio", "resample"]
+__all__ = ["AUDIO_SUFFIXES", "AudioError", "AudioReader", "read_audio", "resample", "write_wav"]
 
 #: What libsndfile reads.
 AUDIO_SUFFIXES = (".aif", ".aiff", ".flac", ".mp3", ".ogg", ".opus", ".wav")
@@ -214,6 +215,15 @@ def resample(waveform: np.ndarray, rate: int) -> np.ndarray:
 
     divisor = gcd(rate, SAMPLE_RATE)
     return resample_poly(waveform, SAMPLE_RATE // divisor, rate // divisor)
+
+
+def write_wav(path: Path | str, waveform: np.ndarray) -> None:
+    """(n,) in [−1, 1] at 16 kHz to a WAV file of 16 bits a sample; what is beyond is clipped."""
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(SAMPLE_RATE)
+        file.writeframes(np.rint(waveform.clip(-1, 1) * 32767).astype("<i2").tobytes())
 
 
 def _missing_end(log: str) -> str | None:
