@@ -166,7 +166,7 @@ def encoded_document(
 
 
 def item_document(
-    prompt: Record,
+    prompt: Record | None,
     ending: Record,
     mode: Mode,
     vocabulary: Vocabulary,
@@ -176,28 +176,52 @@ def item_document(
 ) -> Document:
     """A prompt and one ending to score: the ending's tokens alone are targets.
 
-    "S→T" reads a spoken prompt and a written ending, and so on. The ending starts a new patch, so
-    that the patches of the prompt do not depend on it; ``<eos>`` and markers are no targets. The
-    noise of ``alignment`` depends on the record alone: a prompt is the same for every ending.
+    "S→T" reads a spoken prompt and a written ending, and so on; without a prompt the document is
+    the ending. A written ending has the pieces that it has after the prompt and a blank, as a span
+    of a longer text has. The ending starts a new patch, so that the patches of the prompt do not
+    depend on it; ``<eos>`` and markers are no targets. The noise of ``alignment`` depends on the
+    record alone: a prompt is the same for every ending.
 
     Raises:
-        UserError: the mode needs text or units that a record does not have.
+        UserError: the mode needs text or units that a record does not have, or a prompt.
     """
     modes: tuple[str, ...] = ("T→T", "S→S", "S→T", "T→S")
     if mode not in modes:
         raise ValueError(f"expected a mode of {modes}, got {mode!r}")
     draft = _Draft(vocabulary, alignment.noise_ms)
     side_before = "T" if mode == "T→T" else ""  # text alone has no marker
-    for side, record in ((mode[0], prompt), (mode[2], ending)):
+    parts = [(mode[0], prompt), (mode[2], ending)]
+    if prompt is None:
+        if mode[0] != mode[2]:
+            raise UserError(f"record {ending.id!r}: expected a prompt for mode {mode}, got none")
+        del parts[0]
+    for side, record in parts:
+        assert record is not None
         encoded = encode_record(record, tokenizer, alignment.by)
         if side == "T":
-            draft.text(_text_of(encoded), marker=side != side_before)
+            text = _text_of(encoded)
+            if record is ending and prompt is not None:
+                text = _pieces_after(prompt.text, text, ending, tokenizer)
+            draft.text(text, marker=side != side_before)
         else:
             rng, units = stable_rng("item", record.id), _units_of(encoded)
             draft.speech(units, encoded.aligned, rng, marker=side != side_before)
         side_before = side
     start = draft.last_start
     return draft.finish(ending.id, breaks=(start,), score_from=start, score_eos=False)
+
+
+def _pieces_after(
+    context: str | None, alone: np.ndarray, ending: Record, tokenizer: Tokenizer
+) -> np.ndarray:
+    """An ending's pieces after a text and a blank: a tokenizer may cut a word that opens a text in
+    another way. Those it has alone where the cut between the two is not one between pieces."""
+    before = context or "."  # what a spoken prompt says need not be known
+    start = tokenizer.encode(before)
+    both = tokenizer.encode(f"{before} {ending.text}")
+    if both[: len(start)] != start:
+        return alone
+    return np.array(both[len(start) :], np.int32)
 
 
 def _interleave(draft: "_Draft", record: EncodedRecord, rng: np.random.Generator) -> None:

@@ -6,26 +6,34 @@ for people and values for the result file::
     TASKS["stories"](config, subject) -> Report
 """
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import tyro
+from tqdm import tqdm
 
 from lst.data.interleave import Mode
 from lst.data.patching import PatchingConfig
-from lst.data.records import read_items
+from lst.data.records import Dataset, read_items
 from lst.errors import UserError
-from lst.evaluate.story_completion import format_table, story_completion
+from lst.evaluate.choice import choice_scores, format_table, likelihoods
+from lst.evaluate.progress import Progress
+from lst.evaluate.questions import READERS, Question, has_sides, of_items, read_questions
+from lst.evaluate.speech import Speaker, check_recordings, find_voice
 from lst.files import Location
 from lst.model import LanguageModel
+from lst.speech.synthesis import Voice
+from lst.speech.units import UnitEncoder, UnitsConfig, load_units
 from lst.train.checkpoint import load_model
-from lst.train.config import TrainConfig
+from lst.train.config import TrainConfig, to_json
 from lst.train.corpus import made_with
 from lst.vocabulary import Tokenizer, Vocabulary
 
-__all__ = ["TASKS", "EvaluateConfig", "Report", "Subject", "load_subject"]
+__all__ = ["TASKS", "EvaluateConfig", "Report", "Subject", "load_subject", "open_encoder"]
 
 MODES: dict[str, Mode] = {"S2S": "S→S", "T2T": "T→T", "S2T": "S→T", "T2S": "T→S"}
 
@@ -35,16 +43,30 @@ class EvaluateConfig:
     """Which checkpoint to evaluate, on what."""
 
     checkpoint: Annotated[Path, tyro.conf.Positional]  # a run folder or one of its checkpoints
-    task: str = "stories"  # what to do with it
-    data: Path | None = None  # the task's data; None: that of the corpus trained on
-    modes: tuple[Literal["S2S", "T2T", "S2T", "T2S"], ...] = ("S2S", "T2T")  # prompt to ending
+    task: str = "stories"
+    """stories (of the corpus trained on), hellaswag, storycloze, topicstorycloze, swuggy, sblimp"""
+    data: Path | None = None  # the task's file or folder; None: the stories of the corpus
+    modes: tuple[Literal["S2S", "T2T", "S2T", "T2S"], ...] | None = None
+    """Prompt to ending, speech or text. None: S2S and T2T, as far as the data has them."""
+    espeak: str | None = None
+    """Speak what is written, by a voice of ours (us-f4) or of espeak's (en-us+f4); None: units and
+    recordings as they are."""
+    codebook: Path | None = None  # of the units of recordings; None: that of the corpus trained on
+    hubert: str | None = None  # HuBERT that the codebook is of: a folder or a hub name
+    layer: int | None = None  # of HuBERT
+    allow_pickle: bool = False  # read a codebook of joblib, which runs the code in it
     boundary_noise_ms: float | None = None  # of aligned patches; None: as in training
+    tokens_per_batch: int = 16384  # documents are packed up to about so many tokens
     device: str = "cpu"
-    json: Path | None = None  # also write the result to this file
+    json: Path | None = None
+    """Write the result to this file. Answers are kept beside it: a command that was stopped goes on
+    where it was."""
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise UserError(f"--task: expected one of {', '.join(TASKS)}, got {self.task!r}")
+        if self.tokens_per_batch < 1:
+            raise UserError(f"--tokens-per-batch: expected 1 or more, got {self.tokens_per_batch}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,26 +95,147 @@ def load_subject(config: EvaluateConfig) -> Subject:
     return Subject(model=model.eval(), trained=trained, vocabulary=vocabulary, tokenizer=tokenizer)
 
 
-def stories(config: EvaluateConfig, subject: Subject) -> Report:
-    """The corpus's own stories, or those of another folder that ``write_items`` wrote."""
+# Units --------------------------------------------------------------------------------------------
+
+
+def open_encoder(config: EvaluateConfig, subject: Subject) -> UnitEncoder:
+    """What makes the units of recordings.
+
+    Raises:
+        UserError: no codebook, or another than the model's.
+    """
+    corpus = Location(subject.trained.data.corpus)
+    codebook = config.codebook
+    if codebook is None:
+        codebook = Path(corpus.url) / "codebook.safetensors"
+        if not codebook.exists():
+            raise UserError(f"{codebook}: expected the codebook of the model's units, got none; "
+                            "name it by --codebook")  # fmt: skip
+    encoder = load_units(
+        UnitsConfig(
+            codebook=codebook,
+            hubert=config.hubert,
+            layer=config.layer,
+            allow_pickle=config.allow_pickle,
+            device=config.device,
+        )
+    )
+    if encoder.num_units != subject.vocabulary.num_units:
+        raise UserError(
+            f"{codebook}: expected a codebook of the model's {subject.vocabulary.num_units} units, "
+            f"got {encoder.num_units}"
+        )
+    expected = _codebook_of(corpus, subject.trained.data.datasets)
+    if expected not in (None, encoder.fingerprint):
+        raise UserError(
+            f"{codebook}: expected the codebook of the units that the model was trained on, "
+            f"{expected}, got {encoder.fingerprint}"
+        )
+    return encoder
+
+
+def _codebook_of(corpus: Location, datasets: Sequence[str]) -> str | None:
+    """The fingerprint of the codebook that a corpus was made with; None where it is not there."""
+    for name in datasets:
+        folder = corpus / "train" / name
+        if (folder / "dataset.json").exists():
+            codebook = Dataset.open(folder).info.codebook
+            if codebook is not None:
+                return codebook
+    return None
+
+
+# Choices between endings --------------------------------------------------------------------------
+
+
+def choices(config: EvaluateConfig, subject: Subject) -> Report:
+    """Questions with several endings: the corpus's own stories, or a benchmark's."""
+    patching = _patching(config, subject)
+    questions = _questions(config, subject)
+    voice = None if config.espeak is None else find_voice(config.espeak)
+    asked = _asked(config, questions, voice)
+    heard = [each for mode, places in asked.items() if "S" in mode for each in places.values()]
+    passages = [each for q in heard for each in (q.prompt, *q.endings) if each is not None]
+    encoder = None
+    if any(voice is not None or each.record.units is None for each in passages):
+        encoder = open_encoder(config, subject)
+        if voice is None:
+            check_recordings(passages)
+    of = {
+        "task": config.task,
+        "data": _digest_of(questions),
+        "voice": None if voice is None else asdict(voice),
+        "codebook": None if encoder is None else encoder.fingerprint,
+        "patching": asdict(patching),
+        "model": config.json and _model_digest(subject),
+    }
+    scores = []
+    with Progress(config.json, of) as progress:
+        for mode, places in asked.items():
+            missing = [place for place in places if (mode, place) not in progress]
+            speaker = {} if encoder is None else {"record_of": Speaker(encoder, voice).record}
+            found = likelihoods(
+                subject.model,
+                [places[place] for place in missing],
+                mode,
+                subject.vocabulary,
+                subject.tokenizer,
+                subject.trained.model.plan(),
+                patching=patching,
+                device=config.device,
+                tokens_per_batch=config.tokens_per_batch,
+                **speaker,
+            )
+            bar = tqdm(found, desc=mode, total=len(missing), unit="question", disable=None)
+            for place, endings in zip(missing, bar, strict=True):
+                progress.add(mode, place, endings)
+            answers = [progress[mode, place] for place in places]
+            scores += choice_scores(list(places.values()), answers, mode)
+    scores.sort(key=lambda score: score.task)
+    values = {"of": of, "scores": [asdict(score) for score in scores]}
+    return Report(table=format_table(scores), values=values)
+
+
+def _questions(config: EvaluateConfig, subject: Subject) -> list[Question]:
+    if config.task != "stories":
+        if config.data is None:
+            raise UserError(f"--task {config.task}: expected its file or folder, got none; --data")
+        return read_questions(config.task, config.data)
     corpus = Location(subject.trained.data.corpus)
     folder = corpus / "items" if config.data is None else Location(config.data)
     if not folder.exists():
         raise UserError(f"{folder}: expected a folder of stories to complete, got none; --data")
-    items = read_items(folder, **made_with(corpus, subject.tokenizer))
-    scores = story_completion(
-        subject.model,
-        items,
-        subject.vocabulary,
-        subject.tokenizer,
-        subject.trained.model.plan(),
-        patching=_patching(config, subject),
-        modes=[MODES[mode] for mode in config.modes],
-        device=config.device,
-    )
-    return Report(
-        table=format_table(scores), values={"scores": [asdict(score) for score in scores]}
-    )
+    return of_items(read_items(folder, **made_with(corpus, subject.tokenizer)))
+
+
+def _asked(
+    config: EvaluateConfig, questions: list[Question], voice: Voice | None
+) -> dict[Mode, dict[int, Question]]:
+    """The questions that can be asked in each mode, by their places.
+
+    Raises:
+        UserError: a mode that was named, or every mode, has none.
+    """
+    names = ("S2S", "T2T") if config.modes is None else config.modes
+    asked = {}
+    for name in dict.fromkeys(names):
+        mode = MODES[name]
+        places = {
+            place: question
+            for place, question in enumerate(questions)
+            if has_sides(question, mode, speakable=voice is not None)
+        }
+        if places:
+            asked[mode] = places
+        elif config.modes is not None:
+            hint = "" if voice or "S" not in mode else "; --espeak speaks what is written"
+            raise UserError(
+                f"--modes {name}: expected prompts and endings for {mode}, which no question of "
+                f"--task {config.task} has{hint}"
+            )
+    if not asked:
+        raise UserError(f"--task {config.task}: no question has {' or '.join(names)}; --modes")
+    return asked
 
 
 def _patching(config: EvaluateConfig, subject: Subject) -> PatchingConfig:
@@ -107,4 +250,35 @@ def _patching(config: EvaluateConfig, subject: Subject) -> PatchingConfig:
     return replace(patching, boundary_noise_ms=config.boundary_noise_ms)
 
 
-TASKS: dict[str, Task] = {"stories": stories}
+# What answers depend on ---------------------------------------------------------------------------
+
+
+def _model_digest(subject: Subject) -> str:
+    """Of the weights and of everything that gives them a meaning."""
+    model = to_json(subject.trained)["model"]
+    content = hashlib.sha256(
+        f"{model} {subject.vocabulary} {subject.tokenizer.fingerprint}".encode()
+    )
+    for name, weight in sorted(subject.model.weights().items()):
+        content.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        content.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return f"sha256:{content.hexdigest()}"
+
+
+def _digest_of(questions: Sequence[Question]) -> str:
+    """Of texts, units and answers, and of the names and sizes of recordings."""
+    content = hashlib.sha256()
+    for question in questions:
+        content.update(repr((question.id, question.scores, question.answer)).encode())
+        for passage in (question.prompt, *question.endings):
+            if passage is None:
+                continue
+            units, audio = passage.record.units, passage.audio
+            size = audio.stat().st_size if audio is not None and audio.is_file() else None
+            content.update(repr((passage.record.text, audio and audio.name, size)).encode())
+            if units is not None:
+                content.update(units.tobytes())
+    return f"sha256:{content.hexdigest()}"
+
+
+TASKS: dict[str, Task] = {"stories": choices, **dict.fromkeys(READERS, choices)}

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from lst.data.patching import PatchingConfig
 from lst.data.records import Dataset, RecordWriter
 from lst.errors import UserError
 from lst.evaluate.__main__ import main as evaluate
+from lst.evaluate.choice import likelihoods
 from lst.prepare.speech_bpe import SpeechBPEConfig, describe_speech_bpe, prepare_speech_bpe
 from lst.speech_bpe import SpeechBPE
 from lst.train.checkpoint import load_model
@@ -52,11 +53,11 @@ def test_aligned_patches_are_scored_under_the_noise_that_is_asked_for(
     """Version 2's robustness test; a model that is evaluated without an aligner has none."""
     seen = []
 
-    def scored(*args: Any, patching: PatchingConfig, **options: Any) -> list[Any]:
+    def scored(*args: Any, patching: PatchingConfig, **options: Any) -> Iterator[Any]:
         seen.append(patching)
-        return []
+        return likelihoods(*args, patching=patching, **options)
 
-    monkeypatch.setattr("lst.evaluate.tasks.story_completion", scored)
+    monkeypatch.setattr("lst.evaluate.tasks.likelihoods", scored)
     for strategy in ("aligned", "curriculum"):
         run = tiny(strategy, steps=1, validate_every=1, evaluate=False)
         patching = PatchingConfig(strategy=strategy, max_patch_length=6)  # type: ignore[arg-type]
@@ -65,7 +66,7 @@ def test_aligned_patches_are_scored_under_the_noise_that_is_asked_for(
         monkeypatch.setattr("sys.argv", ["evaluate", str(run.out), "--boundary-noise-ms", "40"])
         if strategy == "aligned":
             evaluate()
-            assert seen == [replace(patching, boundary_noise_ms=40.0)]
+            assert seen == 2 * [replace(patching, boundary_noise_ms=40.0)]
         else:
             with pytest.raises(UserError, match="expected a model of aligned patches, got one of"):
                 evaluate()
@@ -88,7 +89,7 @@ def test_a_run_over_speech_pieces_is_whole_without_its_corpus(
 ) -> None:
     train(pieces)
     lines = read_lines(pieces)
-    assert len(json.loads((pieces.out / "story_completion.json").read_text())) == 4
+    assert len(json.loads((pieces.out / "story_completion.json").read_text())) == 8
     bpe = SpeechBPE.load(tmp_path / "corpus" / "speech_bpe.model")
     (speech,) = [line for line in lines if line["split"] == "valid/speech"]
     # A piece stands for more than one unit, so that 25 times its bits are more than a second's.
