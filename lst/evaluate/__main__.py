@@ -6,14 +6,17 @@ from typing import Any
 import tyro
 
 from lst.errors import run_command
-from lst.evaluate.tasks import TASKS, EvaluateConfig, load_subject
+from lst.evaluate.tasks import TASKS, EvaluateConfig
 from lst.files import write_json
 from lst.machine import describe_machine
+from lst.train.checkpoint import load_trained
 
 
 def main() -> None:
     config = tyro.cli(EvaluateConfig, description=__doc__)
-    report = TASKS[config.task](config, load_subject(config))
+    trained = load_trained(config.checkpoint, config.device)
+    trained.model.eval()
+    report = TASKS[config.task](config, trained)
     print(report.table)
     if config.json is not None:
         asked: dict[str, Any] = {

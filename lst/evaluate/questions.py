@@ -33,7 +33,7 @@ from lst.errors import UserError
 from lst.files import reason
 from lst.speech.audio import AUDIO_SUFFIXES
 
-__all__ = ["READERS", "Passage", "Question", "has_sides", "of_items", "read_questions"]
+__all__ = ["READERS", "Passage", "Question", "has_sides", "of_items", "read_questions", "sides"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,19 +87,23 @@ def of_items(items: Iterable[StoryItem]) -> list[Question]:
     ]
 
 
+def sides(question: Question, mode: Mode) -> list[tuple[str, Passage]]:
+    """("S" or "T", passage) of every passage in a mode."""
+    endings = [(mode[2], ending) for ending in question.endings]
+    return endings if question.prompt is None else [(mode[0], question.prompt), *endings]
+
+
 def has_sides(question: Question, mode: Mode, *, speakable: bool = False) -> bool:
     """Whether a question can be asked in a mode.
 
     Args:
         speakable: whatever is written can be spoken as well.
     """
-    sides = [(mode[2], ending) for ending in question.endings]
-    if question.prompt is not None:
-        sides.append((mode[0], question.prompt))
-    elif mode[0] != mode[2]:
+    if question.prompt is None and mode[0] != mode[2]:
         return False
     return all(
-        passage.written if side == "T" or speakable else passage.spoken for side, passage in sides
+        passage.written if side == "T" or speakable else passage.spoken
+        for side, passage in sides(question, mode)
     )
 
 
@@ -359,7 +363,8 @@ def _read_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[st
                 raise UserError(f"{where}: expected {expected} columns, got another number")
             yield where, row
     except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: expected CSV, got {error}") from None
+        line = reader.reader.line_num  # the one under way
+        raise UserError(f"{path}, line {line}: expected CSV, got {error}") from None
 
 
 def _string(fields: dict[str, Any], key: str, where: str) -> str:

@@ -3,7 +3,7 @@
 A task is a function of what was asked for and of the model that is asked about; it returns a table
 for people and values for the result file::
 
-    TASKS["stories"](config, subject) -> Report
+    TASKS["stories"](config, load_trained(config.checkpoint, config.device)) -> Report
 """
 
 import hashlib
@@ -18,22 +18,20 @@ from tqdm import tqdm
 
 from lst.data.interleave import Mode
 from lst.data.patching import PatchingConfig
-from lst.data.records import Dataset, read_items
+from lst.data.records import read_items
 from lst.errors import UserError
 from lst.evaluate.choice import choice_scores, format_table, likelihoods
 from lst.evaluate.progress import Progress
-from lst.evaluate.questions import READERS, Question, has_sides, of_items, read_questions
+from lst.evaluate.questions import READERS, Question, has_sides, of_items, read_questions, sides
 from lst.evaluate.speech import Speaker, check_recordings, find_voice
 from lst.files import Location
-from lst.model import LanguageModel
+from lst.pretrained import Pretrained
 from lst.speech.synthesis import Voice
 from lst.speech.units import UnitEncoder, UnitsConfig, load_units
-from lst.train.checkpoint import load_model
-from lst.train.config import TrainConfig, to_json
+from lst.train.config import to_json
 from lst.train.corpus import made_with
-from lst.vocabulary import Tokenizer, Vocabulary
 
-__all__ = ["TASKS", "EvaluateConfig", "Report", "Subject", "load_subject", "open_encoder"]
+__all__ = ["TASKS", "EvaluateConfig", "Report", "open_encoder"]
 
 MODES: dict[str, Mode] = {"S2S": "S→S", "T2T": "T→T", "S2T": "S→T", "T2S": "T→S"}
 
@@ -42,7 +40,8 @@ MODES: dict[str, Mode] = {"S2S": "S→S", "T2T": "T→T", "S2T": "S→T", "T2S":
 class EvaluateConfig:
     """Which checkpoint to evaluate, on what."""
 
-    checkpoint: Annotated[Path, tyro.conf.Positional]  # a run folder or one of its checkpoints
+    checkpoint: Annotated[str, tyro.conf.Positional]
+    """A run folder, one of its checkpoints, a folder of save_pretrained or its name on the hub."""
     task: str = "stories"
     """stories (of the corpus trained on), hellaswag, storycloze, topicstorycloze, swuggy, sblimp"""
     data: Path | None = None  # the task's file or folder; None: the stories of the corpus
@@ -70,16 +69,6 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
-    """A trained model, and what it takes to use it."""
-
-    model: LanguageModel
-    trained: TrainConfig
-    vocabulary: Vocabulary
-    tokenizer: Tokenizer
-
-
-@dataclass(frozen=True, kw_only=True)
 class Report:
     """What came out of a task."""
 
@@ -87,30 +76,21 @@ class Report:
     values: dict[str, Any]  # JSON
 
 
-Task = Callable[[EvaluateConfig, Subject], Report]
+Task = Callable[[EvaluateConfig, Pretrained], Report]
 
 
-def load_subject(config: EvaluateConfig) -> Subject:
-    model, trained, vocabulary, tokenizer = load_model(config.checkpoint, config.device)
-    return Subject(model=model.eval(), trained=trained, vocabulary=vocabulary, tokenizer=tokenizer)
-
-
-# Units --------------------------------------------------------------------------------------------
-
-
-def open_encoder(config: EvaluateConfig, subject: Subject) -> UnitEncoder:
+def open_encoder(config: EvaluateConfig, trained: Pretrained) -> UnitEncoder:
     """What makes the units of recordings.
 
     Raises:
         UserError: no codebook, or another than the model's.
     """
-    corpus = Location(subject.trained.data.corpus)
-    codebook = config.codebook
+    codebook = config.codebook or trained.codebook_file
     if codebook is None:
-        codebook = Path(corpus.url) / "codebook.safetensors"
-        if not codebook.exists():
-            raise UserError(f"{codebook}: expected the codebook of the model's units, got none; "
-                            "name it by --codebook")  # fmt: skip
+        raise UserError(
+            f"{config.checkpoint}: expected --codebook, as the corpus that the model was trained "
+            "on has none to be found"
+        )
     encoder = load_units(
         UnitsConfig(
             codebook=codebook,
@@ -120,54 +100,47 @@ def open_encoder(config: EvaluateConfig, subject: Subject) -> UnitEncoder:
             device=config.device,
         )
     )
-    if encoder.num_units != subject.vocabulary.num_units:
+    if encoder.num_units != trained.vocabulary.num_units:
         raise UserError(
-            f"{codebook}: expected a codebook of the model's {subject.vocabulary.num_units} units, "
+            f"{codebook}: expected a codebook of the model's {trained.vocabulary.num_units} units, "
             f"got {encoder.num_units}"
         )
-    expected = _codebook_of(corpus, subject.trained.data.datasets)
-    if expected not in (None, encoder.fingerprint):
+    if trained.codebook not in (None, encoder.fingerprint):
         raise UserError(
-            f"{codebook}: expected the codebook of the units that the model was trained on, "
-            f"{expected}, got {encoder.fingerprint}"
+            f"{codebook}: expected the codebook of the model's units, {trained.codebook}, "
+            f"got {encoder.fingerprint}"
         )
     return encoder
-
-
-def _codebook_of(corpus: Location, datasets: Sequence[str]) -> str | None:
-    """The fingerprint of the codebook that a corpus was made with; None where it is not there."""
-    for name in datasets:
-        folder = corpus / "train" / name
-        if (folder / "dataset.json").exists():
-            codebook = Dataset.open(folder).info.codebook
-            if codebook is not None:
-                return codebook
-    return None
 
 
 # Choices between endings --------------------------------------------------------------------------
 
 
-def choices(config: EvaluateConfig, subject: Subject) -> Report:
+def choices(config: EvaluateConfig, trained: Pretrained) -> Report:
     """Questions with several endings: the corpus's own stories, or a benchmark's."""
-    patching = _patching(config, subject)
-    questions = _questions(config, subject)
+    patching = _patching(config, trained)
+    questions = _questions(config, trained)
     voice = None if config.espeak is None else find_voice(config.espeak)
     asked = _asked(config, questions, voice)
-    heard = [each for mode, places in asked.items() if "S" in mode for each in places.values()]
-    passages = [each for q in heard for each in (q.prompt, *q.endings) if each is not None]
+    spoken = [
+        passage
+        for mode, places in asked.items()
+        for question in places.values()
+        for side, passage in sides(question, mode)
+        if side == "S"
+    ]
     encoder = None
-    if any(voice is not None or each.record.units is None for each in passages):
-        encoder = open_encoder(config, subject)
+    if any(voice is not None or passage.record.units is None for passage in spoken):
+        encoder = open_encoder(config, trained)
         if voice is None:
-            check_recordings(passages)
+            check_recordings(spoken)
     of = {
         "task": config.task,
         "data": _digest_of(questions),
         "voice": None if voice is None else asdict(voice),
         "codebook": None if encoder is None else encoder.fingerprint,
         "patching": asdict(patching),
-        "model": config.json and _model_digest(subject),
+        "model": config.json and _model_digest(trained),
     }
     scores = []
     with Progress(config.json, of) as progress:
@@ -175,12 +148,12 @@ def choices(config: EvaluateConfig, subject: Subject) -> Report:
             missing = [place for place in places if (mode, place) not in progress]
             speaker = {} if encoder is None else {"record_of": Speaker(encoder, voice).record}
             found = likelihoods(
-                subject.model,
+                trained.model,
                 [places[place] for place in missing],
                 mode,
-                subject.vocabulary,
-                subject.tokenizer,
-                subject.trained.model.plan(),
+                trained.vocabulary,
+                trained.tokenizer,
+                trained.config.model.plan(),
                 patching=patching,
                 device=config.device,
                 tokens_per_batch=config.tokens_per_batch,
@@ -196,16 +169,18 @@ def choices(config: EvaluateConfig, subject: Subject) -> Report:
     return Report(table=format_table(scores), values=values)
 
 
-def _questions(config: EvaluateConfig, subject: Subject) -> list[Question]:
+def _questions(config: EvaluateConfig, trained: Pretrained) -> list[Question]:
     if config.task != "stories":
         if config.data is None:
             raise UserError(f"--task {config.task}: expected its file or folder, got none; --data")
         return read_questions(config.task, config.data)
-    corpus = Location(subject.trained.data.corpus)
+    corpus = Location(trained.config.data.corpus)
     folder = corpus / "items" if config.data is None else Location(config.data)
     if not folder.exists():
         raise UserError(f"{folder}: expected a folder of stories to complete, got none; --data")
-    return of_items(read_items(folder, **made_with(corpus, subject.tokenizer)))
+    made = made_with(corpus, trained.tokenizer)
+    made["codebook"] = trained.codebook or made["codebook"]
+    return of_items(read_items(folder, **made))
 
 
 def _asked(
@@ -238,8 +213,8 @@ def _asked(
     return asked
 
 
-def _patching(config: EvaluateConfig, subject: Subject) -> PatchingConfig:
-    patching = subject.trained.data.patching
+def _patching(config: EvaluateConfig, trained: Pretrained) -> PatchingConfig:
+    patching = trained.config.data.patching
     if config.boundary_noise_ms is None:
         return patching
     if patching.strategy != "aligned":
@@ -253,13 +228,13 @@ def _patching(config: EvaluateConfig, subject: Subject) -> PatchingConfig:
 # What answers depend on ---------------------------------------------------------------------------
 
 
-def _model_digest(subject: Subject) -> str:
+def _model_digest(trained: Pretrained) -> str:
     """Of the weights and of everything that gives them a meaning."""
-    model = to_json(subject.trained)["model"]
+    model = to_json(trained.config)["model"]
     content = hashlib.sha256(
-        f"{model} {subject.vocabulary} {subject.tokenizer.fingerprint}".encode()
+        f"{model} {trained.vocabulary} {trained.tokenizer.fingerprint}".encode()
     )
-    for name, weight in sorted(subject.model.weights().items()):
+    for name, weight in sorted(trained.model.weights().items()):
         content.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         content.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return f"sha256:{content.hexdigest()}"
