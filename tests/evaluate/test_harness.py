@@ -181,7 +181,7 @@ def test_a_task_file_of_ones_own_scores_as_our_command_does(
     data = tmp_path / "riddles.jsonl"
     lines = [
         {"activity_label": words(1, 3), "ctx_a": words(3, 7), "ctx_b": words(1, 3),
-         "endings": [words(1, 8) for _ in range(4)], "label": int(rng.integers(4))}
+         "endings": [f"{words(1, 8)} {last}" for last in WORDS[:4]], "label": int(rng.integers(4))}
         for _ in range(24)
     ]  # fmt: skip
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
