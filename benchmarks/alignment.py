@@ -77,6 +77,7 @@ PADDING = 40  # zeros before and after a sentence in training
 class Utterance:
     text: str
     speech: Speech
+    speaker: str
 
 
 def spoken(folder: Path, seconds: float) -> Iterator[Utterance]:
@@ -90,7 +91,7 @@ def spoken(folder: Path, seconds: float) -> Iterator[Utterance]:
         assert record.speaker is not None
         speech = synthesize(record.text, voices[record.speaker])
         seconds -= len(speech.waveform) / SAMPLE_RATE
-        yield Utterance(record.text, speech)
+        yield Utterance(record.text, speech, record.speaker)
 
 
 def sentences(utterance: Utterance) -> Iterator[tuple[np.ndarray, list[int]]]:

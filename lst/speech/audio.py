@@ -11,6 +11,7 @@ sound never has to be in memory.
     audio.read(16_000, 32_000)        # (16000,) float32, the second second
 """
 
+import io
 import os
 import re
 import wave
@@ -22,6 +23,7 @@ from typing import Any, Self
 import numpy as np
 
 from lst.errors import UserError
+from lst.files import write_atomically
 from lst.speech.synthesis import SAMPLE_RATE
 
 __all__ = ["AUDIO_SUFFIXES", "AudioError", "AudioReader", "read_audio", "resample", "write_wav"]
@@ -185,6 +187,25 @@ def read_audio(
     audio = AudioReader.open(path)
     first, stop = sample_range(audio, start, duration)
     return audio.read(first, stop)
+
+
+def write_wav(path: Path, waveform: np.ndarray) -> None:
+    """Write a waveform (n,) at 16 kHz as WAV of 16 bits, whole or not at all; what is beyond ±1 is
+    clipped.
+
+    Raises:
+        UserError: it cannot be written; a sample that is no number.
+    """
+    if not np.isfinite(waveform).all():
+        raise UserError(f"{path}: expected samples that are numbers, got NaN or infinity")
+    levels = np.clip(np.rint(waveform * 32768.0), -32768, 32767).astype("<i2")
+    content = io.BytesIO()
+    with wave.open(content, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(SAMPLE_RATE)
+        file.writeframes(levels.tobytes())
+    write_atomically(path, content.getvalue())
 
 
 def sample_range(audio: AudioReader, start: float, duration: float | None) -> tuple[int, int]:

@@ -18,7 +18,7 @@ import numpy as np
 from lst.errors import UserError
 from lst.speech.units import NUM_MELS, WINDOW_SAMPLES, mel_bands
 
-__all__ = ["mel_cepstra", "mel_cepstral_distortion"]
+__all__ = ["mel_cepstra", "mel_cepstral_distances", "mel_cepstral_distortion"]
 
 HOP = 160
 NUM_CEPSTRA = 13
@@ -38,8 +38,8 @@ def mel_cepstra(waveform: np.ndarray) -> np.ndarray:
     return np.log(mels + FLOOR) @ np.cos(angles).T / NUM_MELS
 
 
-def mel_cepstral_distortion(waveform: np.ndarray, other: np.ndarray) -> float:
-    """dB between two waveforms (n,) at 16 kHz of the same length, n > 0.
+def mel_cepstral_distances(waveform: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Two waveforms (n,) at 16 kHz, n > 0 → (⌈n / 160⌉,) dB, of each window.
 
     Raises:
         UserError: of another length, empty, or with samples that are no numbers.
@@ -51,4 +51,9 @@ def mel_cepstral_distortion(waveform: np.ndarray, other: np.ndarray) -> float:
     if not (np.isfinite(waveform).all() and np.isfinite(other).all()):
         raise UserError("expected waveforms of numbers, got NaN or infinity")
     squares = np.square(mel_cepstra(waveform)[:, 1:] - mel_cepstra(other)[:, 1:]).sum(1)
-    return float(10 / np.log(10) * np.sqrt(2 * squares).mean())
+    return 10 / np.log(10) * np.sqrt(2 * squares)
+
+
+def mel_cepstral_distortion(waveform: np.ndarray, other: np.ndarray) -> float:
+    """Two waveforms (n,) at 16 kHz → the mean of :func:`mel_cepstral_distances`, in dB."""
+    return float(mel_cepstral_distances(waveform, other).mean())

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -66,6 +66,10 @@ class UnitEncoder(Protocol):
     @property
     def fingerprint(self) -> str:
         """``sha256:<hex>`` of everything that the units depend on."""
+
+    @property
+    def centroids(self) -> Any:
+        """(num_units, D) array or tensor: where units are near each other, they sound alike."""
 
     def encode(self, waveform: np.ndarray) -> np.ndarray:
         """(n,) float at 16 kHz → (F,) int16 in [0, num_units), F = ⌈n / 640⌉."""

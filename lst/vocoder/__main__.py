@@ -8,7 +8,7 @@ import numpy as np
 import tyro
 
 from lst.errors import UserError, run_command
-from lst.files import replacing, writing
+from lst.speech.audio import write_wav
 from lst.speech.sound import load_voice, sound_of
 from lst.speech.synthesis import SAMPLE_RATE
 from lst.vocoder.recordings import RecordingsConfig, write_recordings
@@ -38,8 +38,6 @@ def train(config: Annotated[TrainVocoderConfig, Options]) -> None:
 @app.command
 def synthesise(config: Annotated[SynthesiseConfig, Options]) -> None:
     """Units to a WAV file."""
-    import soundfile
-
     units = read_units(config.units)
     voice = load_voice(config.vocoder)
     if config.predict_durations:
@@ -50,8 +48,7 @@ def synthesise(config: Annotated[SynthesiseConfig, Options]) -> None:
         samples = voice.speak(units, speaker=config.speaker, predict_durations=True)
     else:
         samples = sound_of(units, voice, speaker=config.speaker)
-    with replacing(config.out) as temporary, writing(config.out):
-        soundfile.write(temporary, samples, SAMPLE_RATE, format="WAV", subtype="PCM_16")
+    write_wav(config.out, samples)
     print(f"{config.out}: {len(samples) / SAMPLE_RATE:.2f} s of {len(units)} units")
 
 

@@ -13,8 +13,9 @@ from tqdm import tqdm
 
 from lst.data.records import FRAMES_PER_SECOND, Dataset
 from lst.errors import UserError
-from lst.files import replacing, write_atomically, writing
-from lst.speech.synthesis import HELD_OUT_VOICE, SAMPLE_RATE, TRAINING_VOICES, synthesize
+from lst.files import write_atomically, writing
+from lst.speech.audio import write_wav
+from lst.speech.synthesis import HELD_OUT_VOICE, TRAINING_VOICES, synthesize
 
 __all__ = ["RecordingsConfig", "write_recordings"]
 
@@ -37,14 +38,8 @@ def write_recordings(config: RecordingsConfig) -> str:
         A line on what was written.
 
     Raises:
-        UserError: not a dataset of the demo corpus; soundfile is missing; it cannot be written.
+        UserError: not a dataset of the demo corpus; it cannot be written.
     """
-    try:
-        import soundfile
-    except ImportError:
-        raise UserError(
-            "writing audio needs soundfile, which is not installed: pip install 'lst[speech]'"
-        ) from None
     voices = {voice.name: voice for voice in (*TRAINING_VOICES, HELD_OUT_VOICE)}
     with writing(config.out):
         config.out.mkdir(parents=True, exist_ok=True)
@@ -62,9 +57,7 @@ def write_recordings(config: RecordingsConfig) -> str:
         if not path.is_file():
             with writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
-            waveform = synthesize(record.text, voices[record.speaker]).waveform
-            with replacing(path) as temporary:
-                soundfile.write(temporary, waveform, SAMPLE_RATE, format="WAV", subtype="PCM_16")
+            write_wav(path, synthesize(record.text, voices[record.speaker]).waveform)
         rows.append({"audio": name, "speaker": record.speaker, "text": record.text})
         frames += len(record.units)
     text = io.StringIO()

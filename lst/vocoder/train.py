@@ -34,10 +34,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lst.errors import UserError
-from lst.files import fsync, replacing, write_json, writing
+from lst.files import fsync, write_json, writing
 from lst.prepare.sources import Sources, source_kind
-from lst.speech.synthesis import SAMPLE_RATE
-from lst.speech.units import UnitsConfig, load_units
+from lst.speech.audio import write_wav
+from lst.speech.units import UnitEncoder, UnitsConfig, load_units
 from lst.train.distributed import World
 from lst.train.interrupt import catch_signals
 from lst.train.manifest import faults, file_names, hash_files, write_manifest
@@ -203,24 +203,23 @@ class _Run:
         clips: Sequence[Clip],
         held_out: Sequence[Clip],
         speakers: Sequence[str],
-        codebook: str,
-        num_units: int,
+        encoder: UnitEncoder,
     ) -> None:
         self.config, self.step, self.seconds = config, 0, 0.0
         self._clips, self._held_out = clips, held_out
-        self._speakers, self._codebook = speakers, codebook
+        self._speakers, self._codebook = speakers, encoder.fingerprint
         size = SIZES[config.size]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.generator = add_weight_norm(
-                Generator(
-                    size.generator(
-                        num_units=num_units,
-                        num_speakers=len(speakers),
-                        predict_durations=config.predict_durations,
-                    )
+            generator = Generator(
+                size.generator(
+                    num_units=encoder.num_units,
+                    num_speakers=len(speakers),
+                    predict_durations=config.predict_durations,
                 )
-            ).to(config.device)
+            )
+            embed_by_sound(generator, encoder)
+            self.generator = add_weight_norm(generator).to(config.device)
             self.discriminators = Discriminators(size.discriminator).to(config.device)
         self.modules = {"generator": self.generator, "discriminators": self.discriminators}
         self._optimizers = {
@@ -245,8 +244,7 @@ class _Run:
             clips=learnt,
             held_out=held_out,
             speakers=_speakers(config, clips),
-            codebook=encoder.fingerprint,
-            num_units=encoder.num_units,
+            encoder=encoder,
         )
         if folder := _last_checkpoint(config.out):
             run.load(folder)
@@ -339,6 +337,9 @@ class _Run:
     def _validate(self) -> None:
         """The mel loss of the held-out recordings, and the first of them to listen to."""
         vocoder = load_vocoder(self.config.out, device=self.config.device)
+        samples = self.config.out / SAMPLES
+        with writing(samples):
+            samples.mkdir(exist_ok=True)
         losses = []
         for clip in self._held_out:
             units = clip.units[:HELD_OUT_UNITS]
@@ -348,19 +349,10 @@ class _Run:
             both = log_mel_spectrogram(torch.from_numpy(np.stack([made, real])))
             losses.append(float(F.l1_loss(both[0], both[1])))
             if clip is self._held_out[0]:
-                self._listen(f"{self.step:08d}", made)
-                self._listen("original", real)
+                write_wav(samples / f"{self.step:08d}.wav", made)
+                write_wav(samples / "original.wav", real)
         self._write({"split": "held out", "mel": float(np.mean(losses))})
         print(f"step {self.step:7,}  held out: mel {np.mean(losses):.3f}", flush=True)
-
-    def _listen(self, name: str, samples: np.ndarray) -> None:
-        import soundfile
-
-        path = self.config.out / SAMPLES / f"{name}.wav"
-        with writing(path):
-            path.parent.mkdir(exist_ok=True)
-        with replacing(path) as temporary:
-            soundfile.write(temporary, samples, SAMPLE_RATE, format="WAV", subtype="PCM_16")
 
     # Checkpoints -----------------------------------------------------------------------------
 
@@ -423,6 +415,17 @@ class _Run:
                 index, what = key.split(".")
                 values["state"].setdefault(int(index), {})[what] = value
             optimizer.load_state_dict(values)
+
+
+def embed_by_sound(generator: Generator, encoder: UnitEncoder) -> None:
+    """Start from embeddings that are alike where units sound alike: a random projection of the
+    codebook's centroids. What is learnt of one unit is then learnt of its neighbours."""
+    centroids = torch.as_tensor(encoder.centroids).cpu().float()
+    spread = (centroids - centroids.mean(0)) / centroids.std(0, correction=0).clamp(min=1e-6)
+    width = generator.config.embedding_dim
+    with torch.no_grad():
+        generator.dict.weight.copy_(spread @ torch.randn(spread.shape[1], width))
+        generator.dict.weight.div_(generator.dict.weight.std(correction=0).clamp(min=1e-6))
 
 
 def duration_loss(generator: Generator, units: Tensor) -> Tensor:

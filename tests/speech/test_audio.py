@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lst.speech.audio import AudioError, AudioReader, read_audio, resample
+from lst.errors import UserError
+from lst.speech.audio import AudioError, AudioReader, read_audio, resample, write_wav
 
 soundfile = pytest.importorskip("soundfile")
 
@@ -128,3 +129,23 @@ def test_what_is_no_audio_is_named(tmp_path):
     for name, problem in problems.items():
         with pytest.raises(AudioError, match=f"{name}: {problem}"):
             read_audio(tmp_path / name)
+
+
+# --- written --------------------------------------------------------------------------------------
+
+
+def test_a_written_wav_is_read_back_within_16_bits(tmp_path) -> None:
+    waveform = np.random.default_rng(0).uniform(-1, 1, 999).astype(np.float32)
+    write_wav(tmp_path / "a.wav", waveform)
+    np.testing.assert_allclose(read_audio(tmp_path / "a.wav"), waveform, atol=1.01 / 65536)
+    write_wav(tmp_path / "a.wav", np.array([2.0, -2.0, 1.0, -1.0, 0.0]))
+    expected = [32767 / 32768, -1, 32767 / 32768, -1, 0]
+    np.testing.assert_array_equal(read_audio(tmp_path / "a.wav"), np.float32(expected))
+
+
+def test_a_wav_that_cannot_be_written_leaves_nothing(tmp_path) -> None:
+    with pytest.raises(UserError, match=r"absent/a.wav: cannot be written"):
+        write_wav(tmp_path / "absent" / "a.wav", np.zeros(3))
+    with pytest.raises(UserError, match=r"a.wav: expected samples that are numbers, got NaN"):
+        write_wav(tmp_path / "a.wav", np.array([0.0, np.nan]))
+    assert list(tmp_path.iterdir()) == []
