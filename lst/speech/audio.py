@@ -189,7 +189,7 @@ def read_audio(
     return audio.read(first, stop)
 
 
-def write_wav(path: Path, waveform: np.ndarray) -> None:
+def write_wav(path: Path | str, waveform: np.ndarray) -> None:
     """Write a waveform (n,) at 16 kHz as WAV of 16 bits, whole or not at all; what is beyond ±1 is
     clipped.
 
@@ -205,7 +205,7 @@ def write_wav(path: Path, waveform: np.ndarray) -> None:
         file.setsampwidth(2)
         file.setframerate(SAMPLE_RATE)
         file.writeframes(levels.tobytes())
-    write_atomically(path, content.getvalue())
+    write_atomically(Path(path), content.getvalue())
 
 
 def sample_range(audio: AudioReader, start: float, duration: float | None) -> tuple[int, int]:
@@ -236,15 +236,6 @@ def resample(waveform: np.ndarray, rate: int) -> np.ndarray:
 
     divisor = gcd(rate, SAMPLE_RATE)
     return resample_poly(waveform, SAMPLE_RATE // divisor, rate // divisor)
-
-
-def write_wav(path: Path | str, waveform: np.ndarray) -> None:
-    """(n,) in [−1, 1] at 16 kHz to a WAV file of 16 bits a sample; what is beyond is clipped."""
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(SAMPLE_RATE)
-        file.writeframes(np.rint(waveform.clip(-1, 1) * 32767).astype("<i2").tobytes())
 
 
 def _missing_end(log: str) -> str | None:
