@@ -2,7 +2,7 @@
 
 The model is called ``lst`` there. As a command, which takes what ``lm_eval`` takes::
 
-    python -m lst.evaluate.harness --model lst --model_args checkpoint=runs/demo --tasks hellaswag
+    python -m lst.evaluate.harness run --model lst --model_args checkpoint=runs/demo --tasks …
 
 or from Python, with any tasks, also of a YAML file of one's own::
 

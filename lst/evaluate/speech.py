@@ -6,7 +6,7 @@ from pathlib import Path
 from lst.data.records import Record
 from lst.errors import UserError
 from lst.evaluate.questions import Passage
-from lst.speech.audio import AudioError, read_audio
+from lst.generate.prompt import audio_units
 from lst.speech.synthesis import HELD_OUT_VOICE, TRAINING_VOICES, Voice, synthesize
 from lst.speech.units import UnitEncoder, word_frames
 
@@ -23,6 +23,7 @@ class Speaker:
 
     def __init__(self, encoder: UnitEncoder, voice: Voice | None = None) -> None:
         self._encoder, self._voice = encoder, voice
+        self._spoken: dict[tuple[object, ...], Record] = {}  # once for all modes
 
     def record(self, passage: Passage, spoken: bool) -> Record:
         """The passage's record, with units where it is to be spoken and has none. Words that espeak
@@ -35,18 +36,18 @@ class Speaker:
         record = passage.record
         if not spoken or (record.units is not None and self._voice is None):
             return record
-        if self._voice is not None:
-            return self._speak(record, self._voice)
-        assert passage.audio is not None
-        try:
-            waveform = read_audio(passage.audio)
-        except AudioError as error:
-            raise UserError(str(error)) from None
-        if not waveform.any():
-            raise UserError(f"{passage.audio}: expected speech, got silence")
-        return replace(record, units=self._encoder.encode(waveform))
+        key = (record.id, record.text, passage.audio)
+        if key not in self._spoken:
+            self._spoken[key] = self._hear(passage) if self._voice is None else self._speak(record)
+        return self._spoken[key]
 
-    def _speak(self, record: Record, voice: Voice) -> Record:
+    def _hear(self, passage: Passage) -> Record:
+        assert passage.audio is not None
+        return replace(passage.record, units=audio_units(passage.audio, self._encoder))
+
+    def _speak(self, record: Record) -> Record:
+        voice = self._voice
+        assert voice is not None
         assert record.text is not None
         # A dash or dots between blanks: nothing to pronounce.
         words = [word for word in record.text.split() if any(c.isalnum() for c in word)]

@@ -25,13 +25,13 @@ from lst.evaluate.progress import Progress
 from lst.evaluate.questions import READERS, Question, has_sides, of_items, read_questions, sides
 from lst.evaluate.speech import Speaker, check_recordings, find_voice
 from lst.files import Location
+from lst.generate.prompt import open_units
 from lst.pretrained import Pretrained
 from lst.speech.synthesis import Voice
-from lst.speech.units import UnitEncoder, UnitsConfig, load_units
 from lst.train.config import to_json
 from lst.train.corpus import made_with
 
-__all__ = ["TASKS", "EvaluateConfig", "Report", "open_encoder"]
+__all__ = ["TASKS", "EvaluateConfig", "Report"]
 
 MODES: dict[str, Mode] = {"S2S": "S→S", "T2T": "T→T", "S2T": "S→T", "T2S": "T→S"}
 
@@ -53,7 +53,6 @@ class EvaluateConfig:
     codebook: Path | None = None  # of the units of recordings; None: that of the corpus trained on
     hubert: str | None = None  # HuBERT that the codebook is of: a folder or a hub name
     layer: int | None = None  # of HuBERT
-    allow_pickle: bool = False  # read a codebook of joblib, which runs the code in it
     boundary_noise_ms: float | None = None  # of aligned patches; None: as in training
     tokens_per_batch: int = 16384  # documents are packed up to about so many tokens
     device: str = "cpu"
@@ -79,40 +78,6 @@ class Report:
 Task = Callable[[EvaluateConfig, Pretrained], Report]
 
 
-def open_encoder(config: EvaluateConfig, trained: Pretrained) -> UnitEncoder:
-    """What makes the units of recordings.
-
-    Raises:
-        UserError: no codebook, or another than the model's.
-    """
-    codebook = config.codebook or trained.codebook_file
-    if codebook is None:
-        raise UserError(
-            f"{config.checkpoint}: expected --codebook, as the corpus that the model was trained "
-            "on has none to be found"
-        )
-    encoder = load_units(
-        UnitsConfig(
-            codebook=codebook,
-            hubert=config.hubert,
-            layer=config.layer,
-            allow_pickle=config.allow_pickle,
-            device=config.device,
-        )
-    )
-    if encoder.num_units != trained.vocabulary.num_units:
-        raise UserError(
-            f"{codebook}: expected a codebook of the model's {trained.vocabulary.num_units} units, "
-            f"got {encoder.num_units}"
-        )
-    if trained.codebook not in (None, encoder.fingerprint):
-        raise UserError(
-            f"{codebook}: expected the codebook of the model's units, {trained.codebook}, "
-            f"got {encoder.fingerprint}"
-        )
-    return encoder
-
-
 # Choices between endings --------------------------------------------------------------------------
 
 
@@ -131,7 +96,13 @@ def choices(config: EvaluateConfig, trained: Pretrained) -> Report:
     ]
     encoder = None
     if any(voice is not None or passage.record.units is None for passage in spoken):
-        encoder = open_encoder(config, trained)
+        encoder = open_units(
+            trained,
+            codebook=config.codebook,
+            hubert=config.hubert,
+            layer=config.layer,
+            device=config.device,
+        )
         if voice is None:
             check_recordings(spoken)
     of = {
@@ -142,11 +113,11 @@ def choices(config: EvaluateConfig, trained: Pretrained) -> Report:
         "patching": asdict(patching),
         "model": config.json and _model_digest(trained),
     }
+    speaker = {} if encoder is None else {"record_of": Speaker(encoder, voice).record}
     scores = []
     with Progress(config.json, of) as progress:
         for mode, places in asked.items():
             missing = [place for place in places if (mode, place) not in progress]
-            speaker = {} if encoder is None else {"record_of": Speaker(encoder, voice).record}
             found = likelihoods(
                 trained.model,
                 [places[place] for place in missing],
