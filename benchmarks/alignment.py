@@ -248,7 +248,7 @@ def receptive_field() -> int:
 
 
 def windows_beside_one_pass(model_folder: Path, dataset: Path) -> dict[str, Any]:
-    """What windows of 60 s change of five minutes, in a network that has learnt to listen."""
+    """What windows, of 60 s, change of five minutes, in a network that has learnt to listen."""
     from sklearn.cluster import KMeans
     from transformers import Wav2Vec2ForCTC
 

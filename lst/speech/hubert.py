@@ -23,13 +23,14 @@ from lst.speech.wav2vec2 import FrameModel, load_pretrained
 __all__ = ["HubertKMeans", "read_centroids"]
 
 MAX_UNITS = 32_768  # of int16
+ONE_PASS_SECONDS = 660  # more than preparation reads at once
 
 
 class HubertKMeans:
     """A :class:`lst.speech.units.UnitEncoder` of a HuBERT model and a k-means file.
 
-    Up to 60 s a waveform is one pass of the model; :mod:`lst.speech.wav2vec2` says what holds for
-    longer ones.
+    Up to eleven minutes a waveform is one pass of the model; :mod:`lst.speech.wav2vec2` says what
+    holds for longer ones.
 
     Attributes:
         centroids: (num_units, D) float32.
@@ -139,7 +140,7 @@ def _open(name: str, layer: int) -> FrameModel:
         raise UserError(
             f"{name}: expected a layer of 0 to {base.config.num_hidden_layers}, got {layer}"
         )
-    model = FrameModel(base, layer=layer, normalize=normalize)
+    model = FrameModel(base, layer=layer, normalize=normalize, window_seconds=ONE_PASS_SECONDS)
     if model.stride * FRAMES_PER_SECOND != SAMPLE_RATE:
         raise UserError(
             f"{name}: expected {FRAMES_PER_SECOND} frames a second, "

@@ -10,10 +10,13 @@ What is the same as one pass over the whole waveform, but for rounding:
 
 - the convolutions, at any length. The group norm of the models that have one averages over the
   whole utterance; its mean and variance are found beforehand, piece by piece.
-- the transformer, up to 60 s. A longer waveform is cut into windows of 60 s, of which the middle 40
-  are kept, so that every frame sees 10 s on either side (or the waveform's end). Attention
-  reaches further than that, so no window can be exact; where the layers reach less far, as in
-  layer 0, it is. Windows depend on the waveform alone: the same one gives the same frames.
+- the transformer, up to one window: 60 s, where nothing else is asked for. A longer waveform is cut
+  into windows, of which all but 10 s at either end are kept, so that every frame sees 10 s on
+  either side (or the waveform's end). Attention reaches further than that, so no window can be
+  exact; where the layers reach less far, as in layer 0, it is. Windows depend on the waveform
+  alone: the same one gives the same frames.
+
+Memory is linear in the window. The time of attention is quadratic in it.
 """
 
 import hashlib
@@ -114,18 +117,27 @@ class FrameModel(nn.Module):
         layer: whose output is returned, 0 for the transformer's input; before the norm that
             follows the last layer in the larger models. None for the model's own output.
         normalize: whether each waveform is brought to mean 0 and variance 1 first.
+        window_seconds: that the transformer sees in one pass.
 
     Attributes:
         stride: samples in a frame.
         width: D, the size of a state.
     """
 
-    def __init__(self, base: Any, *, layer: int | None, normalize: bool) -> None:
+    def __init__(
+        self,
+        base: Any,
+        *,
+        layer: int | None,
+        normalize: bool,
+        window_seconds: int = WINDOW_SECONDS,
+    ) -> None:
         super().__init__()
         config = base.config
         self.stride = math.prod(config.conv_stride)
         self.width = config.hidden_size
         self.normalize = normalize
+        self.window_seconds = window_seconds
         self._receptive = 1 + sum(
             (kernel - 1) * math.prod(config.conv_stride[:index])
             for index, kernel in enumerate(config.conv_kernel)
@@ -147,7 +159,7 @@ class FrameModel(nn.Module):
     def digest(self) -> str:
         """SHA-256, in hexadecimal, of everything that the states depend on."""
         content = hashlib.sha256(
-            f"{self.stride} {self.normalize} {WINDOW_SECONDS} {CONTEXT_SECONDS} ".encode()
+            f"{self.stride} {self.normalize} {self.window_seconds} {CONTEXT_SECONDS} ".encode()
         )
         for name, tensor in sorted(self.state_dict().items()):
             content.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
@@ -163,7 +175,7 @@ class FrameModel(nn.Module):
         windows = [
             window
             for utterance, each in enumerate(frames)
-            for window in _windows(utterance, len(each), per_second)
+            for window in _windows(utterance, len(each), self.window_seconds, per_second)
         ]
         # Neighbours of like length are seen together.
         windows.sort(key=lambda window: window.stop - window.start)
@@ -247,8 +259,10 @@ class FrameModel(nn.Module):
         return [output[:length] for output, length in zip(outputs, lengths, strict=True)]
 
 
-def _windows(utterance: int, num_frames: int, frames_per_second: float) -> Iterator[_Window]:
-    size = round(WINDOW_SECONDS * frames_per_second)
+def _windows(
+    utterance: int, num_frames: int, seconds: int, frames_per_second: float
+) -> Iterator[_Window]:
+    size = round(seconds * frames_per_second)
     context = round(CONTEXT_SECONDS * frames_per_second)
     if num_frames <= size:
         yield _Window(utterance, 0, num_frames, 0, num_frames)

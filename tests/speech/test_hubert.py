@@ -12,6 +12,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from lst.errors import UserError
+from lst.prepare.speech import CONTEXT, STRETCH
 from lst.speech import hubert, units, wav2vec2
 from lst.speech.hubert import HubertKMeans, read_centroids
 from lst.speech.units import UnitsConfig, load_units
@@ -99,7 +100,7 @@ def test_overlapping_windows_are_one_pass_where_layers_reach_no_further(
     centroids = centroids_near(states)
     in_one = encoder(folder, centroids, 0).encode(waveform)
     monkeypatch.setattr(wav2vec2, "PIECE_SECONDS", 1)
-    monkeypatch.setattr(wav2vec2, "WINDOW_SECONDS", 4)
+    monkeypatch.setattr(hubert, "ONE_PASS_SECONDS", 4)
     monkeypatch.setattr(wav2vec2, "CONTEXT_SECONDS", 1)
     monkeypatch.setattr(wav2vec2, "BATCH_SECONDS", 10)
     in_windows = encoder(folder, centroids, 0).encode(waveform)
@@ -118,10 +119,22 @@ def test_more_context_comes_nearer_to_one_pass(
     in_one = encoder(folder, centroids, 2).encode(waveform)
     shares = []
     for context in (0, 8, 30):
-        monkeypatch.setattr(wav2vec2, "WINDOW_SECONDS", 4 + 2 * context)
+        monkeypatch.setattr(hubert, "ONE_PASS_SECONDS", 4 + 2 * context)
         monkeypatch.setattr(wav2vec2, "CONTEXT_SECONDS", context)
         shares.append(float(np.mean(encoder(folder, centroids, 2).encode(waveform) == in_one)))
     assert shares[0] < shares[1] < shares[2] == 1.0
+
+
+def test_what_preparation_reads_at_once_is_one_pass(tmp_path: Path, save_hubert) -> None:
+    """Ten minutes and their context, a full layer deep."""
+    folder = save_hubert(tmp_path)
+    waveform = noise((STRETCH + 2 * CONTEXT) / RATE)
+    expected = one_pass(folder, waveform, 2)
+    centroids = centroids_near(expected)
+    found = encoder(folder, centroids, 2)
+    (states,) = found._model.states([waveform])
+    np.testing.assert_allclose(states.numpy(), expected, atol=1e-4)
+    assert np.mean(found.encode(waveform) == nearest(expected, centroids)) > 0.9995  # ties
 
 
 def test_log_mel_windows_are_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
