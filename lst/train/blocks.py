@@ -7,8 +7,8 @@ All of it happens in place, before weights are shared among processes, and renam
    attention and all local modules stay as they were.
 2. **checkpointing** keeps less for the backward pass and computes it again there. "selective" does
    so for the feed-forward branch of every layer, whose wide product is about half of what a layer
-   keeps and which is cheap for its bytes; attention and its projections, which cost
-   more for every byte, are kept. "full" keeps the input of every block and nothing else.
+   keeps; attention and its projections are kept. "full" keeps the input of every block and
+   nothing else.
 3. **compile** makes one graph of every kind of block (``fullgraph``), for any number of tokens,
    patches and documents (``dynamic``), and of what stands between blocks. Layers of the same shape
    share their code, so that 25 of them compile once. Attention is an operator in the graph.

@@ -42,6 +42,7 @@ from lst.train.run_folder import (
 )
 from lst.vocabulary import Vocabulary
 
+WANDB_SECONDS = 30  # that it may take to begin: less than what counts as a hang
 TRAIN = "train"  # the split of training lines; others are valid/NAME
 
 
@@ -421,7 +422,11 @@ def expect_wandb(config: TrainConfig) -> None:
 
 
 def _open_wandb(config: TrainConfig) -> Any:
-    """A run of Weights & Biases, the same again when a run goes on; None: not asked for."""
+    """A run of Weights & Biases, the same again when a run goes on; None: not asked for.
+
+    Raises:
+        UserError: it cannot be begun: no key, no network, no right to the project.
+    """
     if config.wandb is None:
         return None
     import wandb
@@ -429,14 +434,21 @@ def _open_wandb(config: TrainConfig) -> Any:
     path = config.out / WANDB_ID
     if not path.exists():
         write_atomically(path, secrets.token_hex(8))
-    return wandb.init(
-        project=config.wandb,
-        name=config.out.name,
-        id=path.read_text(),
-        resume="allow",
-        dir=str(config.out),
-        config=to_json(config),
-    )
+    try:
+        return wandb.init(
+            project=config.wandb,
+            name=config.out.name,
+            id=path.read_text(),
+            resume="allow",
+            dir=str(config.out),
+            config=to_json(config),
+            settings=wandb.Settings(init_timeout=WANDB_SECONDS),
+        )
+    except Exception as error:  # of its own kinds, and of those of what it is made of
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"--wandb: expected a run of project {config.wandb!r} to begin, got {lines[0]}"
+        ) from error
 
 
 def plot_losses(lines: list[dict[str, Any]], path: Path) -> None:

@@ -35,7 +35,13 @@ class Run:
     def finish(self):
         self._tell("finish")
 
-init = Run
+init, Settings = Run, dict
+"""
+FAILING_WANDB = """
+Settings = dict
+
+def init(**options):
+    raise ConnectionError("Run initialization has timed out after 30 sec.\\nPlease see the docs")
 """
 
 
@@ -91,16 +97,10 @@ def test_losses_are_drawn_also_where_a_modality_is_missing(tmp_path: Path) -> No
 def test_wandb_gets_every_line_and_one_run_goes_on_under_one_name(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "modules").mkdir()
-    (tmp_path / "modules" / "wandb.py").write_text(FAKE_WANDB)
-    monkeypatch.syspath_prepend(tmp_path / "modules")
-    monkeypatch.delitem(sys.modules, "wandb", raising=False)
     config = tiny(steps=2, wandb="speech")
-    try:
+    with wandb_that_is(FAKE_WANDB, tmp_path / "modules", monkeypatch):
         train(config)
         train(config, resume=True)
-    finally:
-        sys.modules.pop("wandb", None)
     told = [json.loads(text) for text in (config.out / "told.jsonl").read_text().splitlines()]
     first, second = (line[1] for line in told if line[0] == "init")
     assert (first["project"], first["name"], first["resume"]) == ("speech", "run", "allow")
@@ -112,6 +112,27 @@ def test_wandb_gets_every_line_and_one_run_goes_on_under_one_name(
     for (values, _), line in zip(logged, lines, strict=True):
         assert values["loss/" + line["split"]] == line["loss"]
     assert told[-1] == ["finish"]
+
+
+@contextmanager
+def wandb_that_is(code: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    folder.mkdir()
+    (folder / "wandb.py").write_text(code)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    try:
+        yield
+    finally:
+        sys.modules.pop("wandb", None)
+
+
+def test_a_run_of_wandb_that_does_not_begin_is_one_line(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with wandb_that_is(FAILING_WANDB, tmp_path / "modules", monkeypatch):
+        expected = "--wandb: expected a run of project 'speech' to begin, got Run initialization "
+        with pytest.raises(UserError, match=f"^{expected}has timed out after 30 sec.$"):
+            train(tiny(wandb="speech"))
 
 
 def test_without_wandb_the_option_names_what_to_install_and_leaves_no_folder(
