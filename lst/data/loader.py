@@ -97,6 +97,9 @@ class TrainLoader:
         states: lane → state as an earlier loader yielded it; those of other ranks are passed over.
             None starts afresh.
 
+    Attributes:
+        awaited: the worker process whose micro-batch is being waited for; None: none is.
+
     Raises:
         UserError: rows that do not divide, a dataset that does not fit the vocabulary, a lane
             without a state, or patched data for a model without local modules.
@@ -127,6 +130,7 @@ class TrainLoader:
                 "data: a token-level model reads every token as a patch: expected the patching "
                 f"strategy 'none' or 'speech-bpe', got {config.patching.strategy!r}"
             )
+        self.awaited: int | None = None
         self._num_workers, self._pin = config.num_workers, pin
         datasets = _open_datasets(config, vocabulary, tokenizer)
         per_rank = config.rows // world_size
@@ -157,9 +161,17 @@ class TrainLoader:
 
         Starts from the states given to the constructor. Workers end when the iterator does.
         """
-        for items in in_step(self._micro_batches, num_workers=self._num_workers, pin=self._pin):
+        for items in in_step(
+            self._micro_batches,
+            num_workers=self._num_workers,
+            pin=self._pin,
+            await_worker=self._await,
+        ):
             states = {lane: state for item in items for lane, state in item.states.items()}
             yield tuple(item.batch for item in items), states
+
+    def _await(self, pid: int | None) -> None:
+        self.awaited = pid
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -25,6 +25,7 @@ from lst.train.config import TrainConfig
 from lst.train.distributed import SharedError, World
 from lst.train.metrics import MetricsLog
 from lst.train.optimizer import optimizer_tensors
+from lst.train.watchdog import WRITER
 from lst.vocabulary import Tokenizer
 
 RETRY_STEPS = 10  # before the first new try; twice as many before the second, and so on
@@ -86,7 +87,10 @@ class Checkpointer:
         self._save = Save(step=state.step)
         # A daemon: Ctrl-C, pressed again, does not wait for a disk that hangs.
         self._thread = Thread(
-            target=self._write, args=(self._save, state, weights, moments), daemon=True
+            target=self._write,
+            args=(self._save, state, weights, moments),
+            name=WRITER,
+            daemon=True,
         )
         self._thread.start()
 

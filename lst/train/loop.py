@@ -135,6 +135,7 @@ def prepare(
     resume: bool,
 ) -> Run:
     """Open the data, build the model, and fill it from the newest checkpoint when resuming."""
+    watch.now("opening the run and its data", slow=True)
     with world.together():
         if resume:
             status.begin()
@@ -165,10 +166,12 @@ def prepare(
             states=state.lanes or None,
         )
     interrupt.poll(state.step, world)
+    watch.now("building the model", slow=True)
     with torch.device("meta"):  # no rank need ever hold all of a large model
         model = build_model(config.model, corpus.vocabulary)
     parallel = parallelise(model, config, world)
     optimizer = build_optimizer(model, config.optimizer)
+    watch.now("loading the weights" if checkpoint else "drawing the weights", slow=True)
     with world.together():
         if checkpoint is not None:
             load_tensors(checkpoint, model, optimizer)
@@ -256,7 +259,7 @@ def take_steps(run: Run, interrupt: Interrupt) -> None:
                 interrupt.stop(step, world)
             return
 
-        run.watch.now("waiting for data")
+        run.watch.now("waiting for data", awaited=lambda: run.loader.awaited)
         run.profiler.before()
         started = time.perf_counter()
         step += 1

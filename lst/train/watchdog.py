@@ -6,15 +6,23 @@
     a rank is stopped or cut off    its beats stay away                           after 20 s
     a rank raises what others       it says so before it leaves                   at once
       do not
-    no rank makes progress          nobody's main thread has moved                after 45 s
+    no rank makes progress          nobody gives a sign of it                     after 45 s
 
-The numbers are for ``hang_timeout = 45`` and go with it. The main thread of a rank has moved where
-its stack is another than a moment ago or it has come to its next phase; so a long compilation or
-validation, whose stack changes all the time, is progress, while a wait in a collective, for data or
-for the device is not. It takes all ranks to make a hang: those that wait for one that is busy are
-excused. A single call that is slow by its nature is too: until the first step is done, and in
-phases declared slow (writing a checkpoint), a standstill may last ten minutes, and in any case
-three times the longest that the run has come out of since its first step began.
+The numbers are for ``hang_timeout = 45`` and go with it. Signs of progress are
+
+- always: the main thread's stack is another than a moment ago, or it has come to its next phase. So
+  a long validation, whose stack changes all the time, is progress, while a wait in a collective,
+  for data or for the device is not.
+- until the first step is done, and in phases declared slow (opening, loading, checkpoints), where
+  single calls may be long by their nature: any thread's stack, CPU time of the children (compilers,
+  data workers), bytes read or written; and CPU time of this process (:mod:`lst.train.work`), but
+  for the first step on a GPU, as a thread that waits for one spins. These count for ten minutes
+  in which the main thread stands still, and where the system does not tell of them a standstill
+  may last as long.
+
+It takes all ranks to make a hang: those that wait for one that is busy are excused. In any phase a
+standstill may last three times the longest that the run has come out of since its first step began.
+Until the ranks have met each watches itself, and waits for the others as long as they may take.
 
 Time in which the whole machine, or the job, is suspended does not count: a thread that wakes late
 counts no more than two of its ticks.
@@ -32,17 +40,19 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, Self
 
-from lst.train.distributed import World, launched_rank
+from lst.data.workers import STACKS
+from lst.train.distributed import MEETING, World, launched_processes, launched_rank
 from lst.train.interrupt import Interrupt
 from lst.train.links import Link, Message, open_links
 from lst.train.status import Status
+from lst.train.work import Work, state_of, work_so_far
 
 USUAL = 45.0  # seconds of hang_timeout, and those that the other times go by where it is 0
 # Parts of it:
@@ -50,11 +60,17 @@ TICK = 1 / 45  # between two looks at the main thread, and two beats
 SILENCE = 20 / 45  # without a beat
 GRACE = 10 / 45  # for a main thread that was asked to stop before its first step
 SETTLE = 1 / 45  # after a first sign of trouble, for signs that tell more
+# What is work, and not the little that threads do which wait: in all of the timeout
+WORK_SECONDS = 0.5 / 45  # of CPU time, and
+WORK_BYTES = (1 << 20) / 45
 
-SLOW = 600.0  # seconds of standstill where slow calls are to be expected
+SLOW = 600.0  # seconds that work excuses a standstill
+MEET = MEETING.total_seconds() + 60  # that ranks may wait for each other; they give up before
 FACTOR = 3  # on the longest standstill so far
 DISK_SECONDS = 5.0  # for the last words
+STACKS_SECONDS = 0.5  # for those of data workers
 MAX_PLACES = 4  # named in a reason
+WRITER = "checkpoint writer"  # the name of a thread
 STATES = {"T": "stopped", "t": "traced", "Z": "dead", "D": "waiting for a disk", "X": "dead"}
 
 
@@ -65,11 +81,12 @@ class Beat:
     doing: str = "starting"
     at: str = "?"
     still: float = 0.0  # seconds since it moved
-    limit: float = SLOW  # seconds that it may stay so
-    workers: str = ""  # that make its rows, where they are not well
+    idle: float = 0.0  # seconds without any sign of progress that counts where it is
+    limit: float = SLOW  # seconds that it may be so
+    others: str = ""  # threads and processes that it may be waiting for
 
     def describe(self) -> str:
-        return f"{self.doing}, at {self.at}{self.workers}"
+        return f"{self.doing}, at {self.at}{self.others}"
 
 
 @dataclass
@@ -94,9 +111,15 @@ class Watchdog:
         self._timeout, self._status, self._interrupt = timeout, status, interrupt
         self._rank, self._peers = launched_rank(), dict[int, Peer]()
         self._main = threading.get_ident()
-        self._phase: tuple[int, str, bool] = (0, "starting", True)  # number, what, slow
+        # Number, what, slow, and of which process something is awaited.
+        self._phase: tuple[int, str, bool, Callable[[], int | None] | None]
+        self._phase = (0, "starting", True, None)
+        self._meeting = launched_processes() > 1  # the others are not there yet
         self._started = False  # has a step behind it
+        self._spins = False  # where it waits for its device
         self._beat, self._trace = Beat(), tuple[int, ...]()
+        self._others: list[tuple[int, ...]] = []  # the traces of the other threads
+        self._work: Work | None = None  # done when the main thread came to stand, or since
         self._quiet = 0.0  # for which all ranks stand still
         self._stepping = False  # the first step has begun
         self._longest = 0.0  # standstill that has ended since
@@ -137,6 +160,7 @@ class Watchdog:
 
     def join(self, world: World) -> None:
         """Meet the other ranks; every rank calls it."""
+        self._spins = world.device.type != "cpu"
         if world.size == 1:
             return
         self._listener, self._token, link = open_links(world)
@@ -146,11 +170,23 @@ class Watchdog:
         elif self._listener is not None:
             self._peers = {rank: Peer() for rank in range(1, world.size)}
             self._watch(self._listener, None)
+        self._meeting = False
         self._wake.send(b"\0")
 
-    def now(self, doing: str, *, slow: bool = False) -> None:
-        """The main thread comes to a phase, one in which it may stand ``slow``ly still."""
-        self._phase = (self._phase[0] + 1, doing, slow)
+    def now(
+        self,
+        doing: str,
+        *,
+        slow: bool = False,
+        awaited: Callable[[], int | None] | None = None,
+    ) -> None:
+        """The main thread comes to a phase.
+
+        Args:
+            slow: single calls may keep it there.
+            awaited: gives the process that it waits for, where it does.
+        """
+        self._phase = (self._phase[0] + 1, doing, slow, awaited)
 
     def stepped(self) -> None:
         """A step is done: what can be lost from here on is waited for."""
@@ -221,21 +257,47 @@ class Watchdog:
             self._end(message["end"], stacks=message.get("stacks", False), told=True)
 
     def _look(self, passed: float) -> None:
-        """At the main thread; then tell the others."""
-        frame = sys._current_frames().get(self._main)
-        phase, doing, slow = self._phase
-        trace = (phase, *_trace(frame))
-        moved = trace != self._trace
-        self._trace = trace
+        """At this process; then tell the others."""
+        frames = sys._current_frames()
+        frame = frames.pop(self._main, None)
+        frames.pop(threading.get_ident())
+        phase, doing, slow, awaited = self._phase
+        trace, others = (phase, *_trace(frame)), [tuple(_trace(each)) for each in frames.values()]
+        moved, others_moved = trace != self._trace, others != self._others
+        self._trace, self._others = trace, others
         still = 0.0 if moved else self._beat.still + passed
-        limit = SLOW if slow or not self._started else self._timeout
-        self._beat = Beat(doing, _place(frame), still, limit)
-        if still > self._timeout / 2:
-            self._beat.workers = _workers()
+        idle, limit = still, self._timeout
+        if moved:
+            self._work = None
+        if slow or not self._started:
+            worked = not moved and self._worked(own=slow or not self._spins)
+            idle = 0.0 if moved or others_moved or worked else self._beat.idle + passed
+            if self._meeting:
+                limit = MEET
+            elif self._work is None:
+                limit = SLOW
+            elif still > SLOW:
+                idle = still
+        self._beat = Beat(doing, _place(frame), still, idle, limit)
+        if idle > self._timeout / 2:
+            self._beat.others = _writer() + _workers(awaited and awaited())
         for peer in self._peers.values():
             peer.silent += passed
         told = {} if self._interrupt.signal is None else {"signal": self._interrupt.signal}
         self._send({"beat": vars(self._beat), **told})
+
+    def _worked(self, *, own: bool) -> bool:
+        """Whether work was done since the last that counted, while the main thread stood still."""
+        unit, now = self._timeout or USUAL, work_so_far()
+        before, self._work = self._work, self._work or now
+        if before is None or now is None:
+            return False
+        if not now.differs(
+            before, seconds=WORK_SECONDS * unit, size=int(WORK_BYTES * unit), own=own
+        ):
+            return False
+        self._work = now
+        return True
 
     def _judge(self, passed: float) -> None:
         if self._failing.is_set():
@@ -268,18 +330,20 @@ class Watchdog:
                     f"rank {rank} has not been heard of for {peer.silent:.0f} s: "
                     f"it is stopped or cut off ({where})"
                 ), False
-        return (self._hang(), True) if self._rank == 0 else (None, False)
+        return (self._hang(), True) if self._rank == 0 or self._meeting else (None, False)
 
     def _hang(self) -> str | None:
         others = {rank: peer.beat for rank, peer in self._peers.items() if not peer.left}
-        beats = {0: self._beat} | others
+        beats = {self._rank: self._beat} | others
         quiet = min(beat.still for beat in beats.values())
-        self._stepping = self._stepping or self._beat.doing.startswith("step")
         if self._stepping and quiet < self._quiet:
             self._longest = max(self._longest, self._quiet)
         self._quiet = quiet
-        if all(b.still > max(b.limit, FACTOR * self._longest) for b in beats.values()):
-            return f"no progress for {quiet:.0f} s: {_places(beats)}"
+        # Only now: what ends as the first step begins, the start of data workers, came before it.
+        self._stepping = self._stepping or self._beat.doing.startswith("step")
+        if all(b.idle > max(b.limit, FACTOR * self._longest) for b in beats.values()):
+            idle = min(beat.idle for beat in beats.values())
+            return f"no progress for {idle:.0f} s: {_places(beats)}"
         return None
 
     # How it ends ----------------------------------------------------------------------------------
@@ -300,6 +364,7 @@ class Watchdog:
         if stacks:
             print(f"rank {self._rank} was here:", file=sys.stderr, flush=True)
             faulthandler.dump_traceback(sys.__stderr__ or 2)
+            _ask_workers()
         if not told:
             print(f"error: {reason}", file=sys.stderr, flush=True)
         _leave(1)
@@ -311,6 +376,16 @@ class Watchdog:
         if self._rank == 0:
             print(f"{self._interrupt.signal}: stopped before its first step", flush=True)
         _leave(0)
+
+
+def _ask_workers() -> None:
+    """Data workers print where they are, those that are not stopped."""
+    workers = multiprocessing.active_children()
+    for worker in workers:
+        with suppress(ProcessLookupError):
+            os.kill(worker.pid or 0, STACKS)
+    if workers:
+        time.sleep(STACKS_SECONDS)
 
 
 def _leave(code: int) -> NoReturn:
@@ -334,16 +409,20 @@ def _place(frame: FrameType | None) -> str:
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} ({frame.f_code.co_name})"
 
 
-def _workers() -> str:
-    """The processes of this rank that are not well, where the system tells."""
+def _writer() -> str:
+    """Where the thread that writes a checkpoint is, where there is one."""
+    frames = sys._current_frames()
+    places = [_place(frames.get(t.ident or 0)) for t in threading.enumerate() if t.name == WRITER]
+    return f", whose {WRITER} is at {places[0]}" if places else ""
+
+
+def _workers(awaited: int | None) -> str:
+    """The processes of this rank that are not well, where the system tells, and the awaited one."""
     found = []
     for child in multiprocessing.active_children():
-        try:
-            state = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            continue
-        if state in STATES:
-            found.append(f"{child.name} (pid {child.pid}) is {STATES[state]}")
+        state = state_of(child.pid)
+        if state in STATES or child.pid == awaited:
+            found.append(f"{child.name} (pid {child.pid}) is {STATES.get(state, 'silent')}")
     return f", whose data worker {', '.join(found)}" if found else ""
 
 

@@ -26,7 +26,7 @@ from lst.train.config import OptimizerConfig, TrainConfig
 from lst.vocabulary import train_tokenizer
 
 NUM_UNITS = 20
-RANKS_SECONDS = 120  # that processes of a program may take
+RANKS_SECONDS = 180  # that processes of a program may take
 WORDS = ["a", "story", "of", "the", "small", "red", "fox", "who", "went", "over", "hills"]
 
 
@@ -161,6 +161,11 @@ class Ranks:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
+    @property
+    def ended(self) -> bool:
+        """Whether all have."""
+        return (self._log / "codes").exists()
+
     @functools.cached_property
     def codes(self) -> list[int]:
         """Exit codes, once all have ended; −9 of one that was killed."""
@@ -191,10 +196,24 @@ def fork_server() -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.fixture
-def fork(
+def fork(forking: Callable[[], Any]) -> Iterator[Callable[..., Ranks]]:
+    """``fork(code, *arguments, ranks=1)``: run a program in processes of its own, see Ranks."""
+    with forking() as start:
+        yield start
+
+
+@pytest.fixture(scope="session")
+def forking(
+    fork_server: subprocess.Popen[str], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[], contextlib.AbstractContextManager[Callable[..., Ranks]]]:
+    """``with forking() as fork: …``, for fixtures that live longer than a test."""
+    return functools.partial(start_programs, fork_server, tmp_path_factory)
+
+
+@contextlib.contextmanager
+def start_programs(
     fork_server: subprocess.Popen[str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[..., Ranks]]:
-    """``fork(code, *arguments, ranks=1)``: run a program in processes of its own, see Ranks."""
     started = []
 
     def start(code: str, *arguments: object, ranks: int = 1) -> Ranks:
@@ -219,7 +238,9 @@ def fork(
         started.append(Ranks(log))
         return started[-1]
 
-    yield start
-    for ranks in started:  # a test that failed leaves none behind
-        ranks.kill()
-        ranks.codes  # noqa: B018  waits
+    try:
+        yield start
+    finally:
+        for ranks in started:  # a test that failed leaves none behind
+            ranks.kill()
+            ranks.codes  # noqa: B018  waits

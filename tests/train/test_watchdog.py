@@ -1,18 +1,18 @@
 """A rank or worker that dies, stops or hangs ends the whole job, which says why; nothing else does.
 
-Real processes, started as torchrun starts ranks but without it: it would end the others itself. The
-times are shorter than the usual ones by --hang-timeout.
+Real processes, without torchrun: it would end the others itself. The times are shorter than the
+usual ones by --hang-timeout.
 """
 
+import hashlib
 import json
 import os
+import re
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,74 +24,49 @@ from lst.train.config import TrainConfig, to_json
 from lst.train.loop import train
 
 Tiny = Callable[..., TrainConfig]
-Processes = list["subprocess.Popen[str]"]
+Job = Callable[..., Any]
 SECONDS = 100  # that anything may take before its test fails
 pytestmark = [pytest.mark.timeout(3 * SECONDS), pytest.mark.usefixtures("undrawn")]
 
-# The command, where one rank does something of its own in the middle of a step.
-PATCHED = """
-import os, sys, time
-import lst.train.loop as loop
+# The command, where the last rank does something of its own the n-th time that it comes somewhere.
+PROGRAM = """
+import os, signal, sys, time
+import lst.train.checkpointer, lst.train.loop
 from lst.errors import run_command
 from lst.train.__main__ import main
 
-backward, calls = loop.backward, []
+where, name, number, action = {patched}
+place, last = sys.modules[where], int(os.environ["WORLD_SIZE"]) - 1
+real, calls = getattr(place, name), []
 
 def interposed(*args, **kwargs):
     calls.append(1)
-    if len(calls) == STEP and os.environ["RANK"] == "RANK_":
-        ACTION
-    return backward(*args, **kwargs)
+    if len(calls) == number and os.environ["RANK"] == str(last):
+        exec(action, globals() | locals())
+    return real(*args, **kwargs)
 
-loop.backward = interposed
+setattr(place, name, interposed)
 run_command(main)
 """
+NOWHERE = ("lst.train.loop", "backward", 0, "")
+HANG = "time.sleep(10_000)"
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+@pytest.fixture
+def job(fork: Job) -> Job:
+    """``job(config, ranks=1)``: the ranks of a run; ``patched`` is the module and name of a
+    function, which of its calls, and what the last rank does there."""
+
+    def start(config: TrainConfig, *, ranks: int = 1, patched: tuple[Any, ...] = NOWHERE) -> Any:
+        config.out.mkdir()
+        (config.out / "config.json").write_text(json.dumps(to_json(config)))
+        return fork(PROGRAM.format(patched=patched), "--resume", config.out, ranks=ranks)
+
+    return start
 
 
-@contextmanager
-def job(
-    config: TrainConfig,
-    *,
-    ranks: int = 1,
-    world: int | None = None,
-    action: str | None = None,
-    step: int = 3,
-) -> Iterator[Processes]:
-    """The ranks of a run, killed at the end of the block; the last does ``action`` in ``step``."""
-    config.out.mkdir()
-    (config.out / "config.json").write_text(json.dumps(to_json(config)))
-    module = ["-m", "lst.train"]
-    if action is not None:
-        patched = PATCHED.replace("STEP", str(step)).replace("RANK_", str(ranks - 1))
-        module = ["-c", patched.replace("ACTION", action)]
-    shared = {"WORLD_SIZE": world or ranks, "LOCAL_WORLD_SIZE": ranks, "OMP_NUM_THREADS": 1}
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    processes = []
-    for rank in range(ranks):
-        own = {**shared, **meeting, "RANK": rank, "LOCAL_RANK": rank}
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, *module, "--resume", str(config.out)],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env={**os.environ, **{name: str(value) for name, value in own.items()}},
-                start_new_session=True,
-            )
-        )
-    try:
-        yield processes
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+def in_step(number: int, action: str) -> tuple[Any, ...]:
+    return ("lst.train.loop", "backward", number, action)
 
 
 def endless(tiny: Tiny, timeout: float, **changes: Any) -> TrainConfig:
@@ -99,23 +74,23 @@ def endless(tiny: Tiny, timeout: float, **changes: Any) -> TrainConfig:
     return replace(config, hang_timeout=timeout)
 
 
-def wait_for_lines(config: TrainConfig, number: int, processes: Processes) -> None:
+def wait_for_lines(config: TrainConfig, number: int, ranks: Any) -> None:
     """Until the run has taken so many steps more."""
-    path, until = config.out / "metrics.jsonl", time.monotonic() + SECONDS
+    path = config.out / "metrics.jsonl"
 
     def lines() -> int:
         return len(path.read_text().splitlines()) if path.exists() else 0
 
     number += lines()
-    while lines() < number:
-        assert all(process.poll() is None for process in processes)
-        assert time.monotonic() < until
+    wait_until(lambda: lines() >= number, ranks)
+
+
+def wait_until(true: Callable[[], bool], ranks: Any) -> None:
+    until = time.monotonic() + SECONDS
+    while not true():
+        assert not ranks.ended, ranks.printed()
+        assert time.monotonic() < until, ranks.printed()
         time.sleep(0.05)
-
-
-def end(process: "subprocess.Popen[str]") -> tuple[int, str]:
-    _, err = process.communicate(timeout=SECONDS)
-    return process.returncode, err
 
 
 def reason(config: TrainConfig) -> str:
@@ -125,63 +100,99 @@ def reason(config: TrainConfig) -> str:
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_ends_the_others(tiny: Tiny, victim: int) -> None:
+def test_a_killed_rank_ends_the_others(tiny: Tiny, job: Job, victim: int) -> None:
     config = endless(tiny, 45.0)
-    with job(config, ranks=2) as processes:
-        wait_for_lines(config, 3, processes)
-        started = time.monotonic()
-        processes[victim].kill()
-        code, err = end(processes[1 - victim])
-        assert time.monotonic() - started < 30
-    assert code == 1
+    ranks = job(config, ranks=2)
+    wait_for_lines(config, 3, ranks)
+    started = time.monotonic()
+    os.kill(ranks.pids[victim], signal.SIGKILL)
+    assert ranks.codes[1 - victim] == 1
+    assert time.monotonic() - started < 30
+    err = ranks.printed(1 - victim)
     assert f"error: rank {victim} died (" in err
     assert err.count("error: ") == 1
     assert reason(config).startswith(f"rank {victim} died (")
 
 
-def test_a_stopped_rank_ends_the_others(tiny: Tiny) -> None:
-    config = endless(tiny, 9.0)
-    with job(config, ranks=2) as processes:
-        wait_for_lines(config, 3, processes)
-        processes[1].send_signal(signal.SIGSTOP)
-        code, err = end(processes[0])
-    assert code == 1
-    assert "error: rank 1 has not been heard of for " in err
+def test_a_stopped_rank_ends_the_others(tiny: Tiny, job: Job) -> None:
+    config = endless(tiny, 6.0)
+    ranks = job(config, ranks=2)
+    wait_for_lines(config, 3, ranks)
+    os.kill(ranks.pids[1], signal.SIGSTOP)
+    wait_until(lambda: "error: " in ranks.printed(0), ranks)
+    os.kill(ranks.pids[1], signal.SIGKILL)  # as a launcher would
+    assert ranks.codes == [1, -signal.SIGKILL]
+    assert "error: rank 1 has not been heard of for " in ranks.printed(0)
     assert reason(config).startswith("rank 1 has not been heard of for ")
 
 
-def test_a_rank_that_hangs_ends_the_job_and_is_named(tiny: Tiny) -> None:
-    config = endless(tiny, 6.0)
-    with job(config, ranks=2, action="time.sleep(10_000)") as processes:
-        ends = [end(process) for process in processes]
-    assert [code for code, _ in ends] == [1, 1]
-    for rank, (_, err) in enumerate(ends):
-        assert f"rank {rank} was here:" in err
-        assert "Thread 0x" in err
+def test_a_rank_that_hangs_ends_the_job_and_is_named(tiny: Tiny, job: Job) -> None:
+    config = endless(tiny, 4.0)
+    ranks = job(config, ranks=2, patched=in_step(3, HANG))
+    assert ranks.codes == [1, 1]
+    for rank in range(2):
+        assert f"rank {rank} was here:" in ranks.printed(rank)
+        assert "Thread 0x" in ranks.printed(rank)
     said = reason(config)
     assert said.startswith("no progress for ")
-    assert "rank 1: step 3, at <string>:" in said
-    assert "(interposed)" in said
-    assert f"error: {said}\n" in ends[0][1]
-    assert "error: " not in ends[1][1]
+    assert "rank 1: step 3, at <string>:1 (<module>)" in said
+    assert f"error: {said}\n" in ranks.printed(0)
+    assert "error: " not in ranks.printed(1)
 
 
-def test_what_one_rank_alone_raises_ends_the_job_with_that_reason(tiny: Tiny) -> None:
+@pytest.mark.parametrize(
+    ("name", "action", "said"),
+    [
+        ("build_model", HANG, r"no progress for .* rank 1: building the model, at <string>:1 "),
+        (
+            "open_corpus",
+            "time.sleep(1); os.kill(os.getpid(), signal.SIGSTOP)",
+            r"rank 1 has not been heard of for .*\(last: opening the run and its data, at ",
+        ),
+        ("backward", HANG, r"no progress for .* rank 1: step 1, at <string>:1 "),
+    ],
+)
+def test_a_rank_that_hangs_before_its_first_step_is_named(
+    tiny: Tiny, job: Job, name: str, action: str, said: str
+) -> None:
+    config = endless(tiny, 4.0)
+    ranks = job(config, ranks=2, patched=("lst.train.loop", name, 1, action))
+    wait_until(lambda: "error: " in ranks.printed(0), ranks)
+    if "SIGSTOP" in action:
+        os.kill(ranks.pids[1], signal.SIGKILL)
+    assert ranks.codes[0] == 1
+    assert re.match(said, reason(config)), reason(config)
+
+
+def test_a_checkpoint_that_is_not_written_ends_the_job_and_names_the_rank(
+    tiny: Tiny, job: Job
+) -> None:
+    """Its thread sleeps, and the next checkpoint waits for it."""
+    config = replace(endless(tiny, 4.0), checkpoint_every=2)
+    where = ("lst.train.checkpointer", "save_checkpoint", 1, HANG)
+    ranks = job(config, ranks=2, patched=where)
+    assert ranks.codes == [1, 1]
+    said = reason(config)
+    assert said.startswith("no progress for ")
+    assert re.search(r"rank 1: a checkpoint, .* whose checkpoint writer is at <string>:1 ", said)
+    assert re.search(r"rank 0: a checkpoint, .* whose checkpoint writer is at (?!<string>)", said)
+
+
+def test_what_one_rank_alone_raises_ends_the_job_with_that_reason(tiny: Tiny, job: Job) -> None:
     config = endless(tiny, 45.0)
-    with job(config, ranks=2, action='raise MemoryError("too large")') as processes:
-        ends = [end(process) for process in processes]
-    assert [code for code, _ in ends] == [1, 1]
+    ranks = job(config, ranks=2, patched=in_step(3, 'raise MemoryError("too large")'))
+    assert ranks.codes == [1, 1]
     assert reason(config) == "rank 1: MemoryError: too large"
-    assert "error: rank 1: MemoryError: too large\n" in ends[0][1]
-    assert "MemoryError: too large" in ends[1][1].splitlines()[-1]  # a traceback
+    assert "error: rank 1: MemoryError: too large\n" in ranks.printed(0)
+    assert "MemoryError: too large" in ranks.printed(1).splitlines()[-1]  # a traceback
 
 
-def worker_of(process: "subprocess.Popen[str]") -> int:
-    for task in Path(f"/proc/{process.pid}/task").iterdir():
+def worker_of(pid: int) -> int | None:
+    for task in Path(f"/proc/{pid}/task").iterdir():
         for child in (task / "children").read_text().split():
             if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text():
                 return int(child)
-    raise AssertionError("no data worker")
+    return None
 
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="tells by /proc")
@@ -192,28 +203,29 @@ def with_worker(config: TrainConfig) -> TrainConfig:
 
 
 @needs_proc
-def test_a_killed_data_worker_ends_the_run_in_one_line(tiny: Tiny) -> None:
+def test_a_killed_data_worker_ends_the_run_in_one_line(tiny: Tiny, job: Job) -> None:
     config = with_worker(endless(tiny, 45.0))
-    with job(config) as processes:
-        wait_for_lines(config, 3, processes)
-        worker = worker_of(processes[0])
-        os.kill(worker, signal.SIGKILL)
-        code, err = end(processes[0])
-    assert code == 2
-    assert err.startswith(f"error: data worker (pid {worker}) died")
-    assert err.count("\n") == 1, err
+    ranks = job(config)
+    wait_for_lines(config, 3, ranks)
+    worker = worker_of(ranks.pids[0])
+    assert worker is not None
+    os.kill(worker, signal.SIGKILL)
+    assert ranks.codes == [2]
+    errors = [line for line in ranks.printed().splitlines() if "rror" in line]
+    assert len(errors) == 1, ranks.printed()
+    assert errors[0].startswith(f"error: data worker (pid {worker}) died")
     assert reason(config).startswith(f"data worker (pid {worker}) died")
 
 
 @needs_proc
-def test_a_stopped_data_worker_is_named_and_does_not_outlive_the_run(tiny: Tiny) -> None:
-    config = with_worker(endless(tiny, 6.0))
-    with job(config) as processes:
-        wait_for_lines(config, 3, processes)
-        worker = worker_of(processes[0])
-        os.kill(worker, signal.SIGSTOP)
-        code, _ = end(processes[0])
-    assert code == 1
+def test_a_stopped_data_worker_is_named_and_does_not_outlive_the_run(tiny: Tiny, job: Job) -> None:
+    config = with_worker(endless(tiny, 4.0))
+    ranks = job(config)
+    wait_for_lines(config, 3, ranks)
+    worker = worker_of(ranks.pids[0])
+    assert worker is not None
+    os.kill(worker, signal.SIGSTOP)
+    assert ranks.codes == [1]
     said = reason(config)
     assert "rank 0: waiting for data, at " in said
     assert f"(pid {worker}) is stopped" in said
@@ -222,47 +234,80 @@ def test_a_stopped_data_worker_is_named_and_does_not_outlive_the_run(tiny: Tiny)
     )
 
 
-def test_a_signal_ends_a_rank_that_waits_for_others_to_start(tiny: Tiny) -> None:
+SLEEPER = """
+import time
+
+class Sleeper:
+    def __iter__(self):
+        time.sleep(10_000)
+        yield
+"""
+
+
+@needs_proc
+def test_a_data_worker_that_hangs_before_its_first_batch_is_named_with_its_stack(
+    tiny: Tiny, job: Job, tmp_path: Path
+) -> None:
+    (tmp_path / "sleeper.py").write_text(SLEEPER)
+    put = f"""
+sys.path.append({str(tmp_path)!r})
+import lst.data.loader, sleeper
+lst.data.loader._MicroBatches = lambda *_: sleeper.Sleeper()
+"""
+    config = with_worker(endless(tiny, 4.0))
+    ranks = job(config, patched=("lst.train.loop", "open_corpus", 1, put))
+    wait_until(lambda: worker_of(ranks.pids[0]) is not None, ranks)
+    worker = worker_of(ranks.pids[0])
+    assert ranks.codes == [1]
+    said = reason(config)
+    assert said.startswith("no progress for ")
+    assert "rank 0: waiting for data, at " in said
+    assert re.search(rf"data worker \S+ \(pid {worker}\) is silent$", said), said
+    assert re.search(r'File "\S*sleeper.py", line 6 in __iter__', ranks.printed())
+
+
+def test_a_signal_ends_a_rank_that_waits_for_others_to_start(tiny: Tiny, fork: Job) -> None:
     """In the rendezvous no Python runs in the main thread that could hear it."""
     config = endless(tiny, 9.0)
-    with job(config, ranks=1, world=2) as processes:
-        until = time.monotonic() + SECONDS
-        while not (config.out / "status.json").exists():
-            assert time.monotonic() < until
-            time.sleep(0.05)
-        time.sleep(1)  # the rendezvous is next
-        processes[0].send_signal(signal.SIGUSR1)
-        code, err = end(processes[0])
-    assert code == 0, err
+    config.out.mkdir()
+    (config.out / "config.json").write_text(json.dumps(to_json(config)))
+    alone = """
+import os
+os.environ["WORLD_SIZE"] = "2"
+from lst.errors import run_command
+from lst.train.__main__ import main
+run_command(main)
+"""
+    ranks = fork(alone, "--resume", config.out)
+    wait_until(lambda: (config.out / "status.json").exists(), ranks)
+    time.sleep(1)  # the rendezvous is next
+    os.kill(ranks.pids[0], signal.SIGUSR1)
+    assert ranks.codes == [0], ranks.printed()
     got = json.loads((config.out / "status.json").read_text())
     assert (got["state"], got["signal"]) == ("stopped", "SIGUSR1")
 
 
-def test_a_signal_ends_a_first_step_that_compiles_for_long(tiny: Tiny, tmp_path: Path) -> None:
-    config = endless(tiny, 9.0)
+def test_a_signal_ends_a_first_step_that_compiles_for_long(
+    tiny: Tiny, job: Job, tmp_path: Path
+) -> None:
+    config = endless(tiny, 4.0)
     mark = tmp_path / "compiling"
-    action = f"open({str(mark)!r}, 'w').close()\n        while True: pass"
-    with job(config, action=action, step=1) as processes:
-        until = time.monotonic() + SECONDS
-        while not mark.exists():
-            assert time.monotonic() < until
-            time.sleep(0.05)
-        processes[0].send_signal(signal.SIGTERM)
-        code, err = end(processes[0])
-    assert code == 0, err
+    ranks = job(config, patched=in_step(1, f"open({str(mark)!r}, 'w').close()\nwhile True: pass"))
+    wait_until(mark.exists, ranks)
+    os.kill(ranks.pids[0], signal.SIGTERM)
+    assert ranks.codes == [0], ranks.printed()
     got = json.loads((config.out / "status.json").read_text())
     assert (got["state"], got["signal"], got["step"]) == ("stopped", "SIGTERM", 0)
 
 
-def test_a_gradient_that_one_rank_alone_spoils_is_skipped_by_all(tiny: Tiny) -> None:
+def test_a_gradient_that_one_rank_alone_spoils_is_skipped_by_all(tiny: Tiny, job: Job) -> None:
     config = tiny(steps=5, validate_every=5, checkpoint_every=5)
-    action = (
-        "weight = next(args[0].parameters())\n"
-        "        once = weight.register_hook(lambda g: (once.remove(), g * float('nan'))[1])"
-    )
-    with job(config, ranks=2, action=action) as processes:
-        ends = [end(process) for process in processes]
-    assert [code for code, _ in ends] == [0, 0], ends
+    action = """
+weight = next(args[0].parameters())
+once = weight.register_hook(lambda g: (once.remove(), g * float('nan'))[1])
+"""
+    ranks = job(config, ranks=2, patched=in_step(3, action))
+    assert ranks.codes == [0, 0], ranks.printed()
     (event,) = map(json.loads, (config.out / "events.jsonl").read_text().splitlines())
     assert (event["step"], event["event"]) == (3, "skipped")
     texts = (config.out / "metrics.jsonl").read_text().splitlines()
@@ -271,18 +316,18 @@ def test_a_gradient_that_one_rank_alone_spoils_is_skipped_by_all(tiny: Tiny) -> 
     assert all(line["loss"] > 0 for line in lines)
 
 
-def test_a_job_that_is_suspended_as_a_whole_goes_on(tiny: Tiny) -> None:
-    config = endless(tiny, 6.0)
-    with job(config, ranks=2) as processes:
-        wait_for_lines(config, 3, processes)
-        for process in processes:
-            process.send_signal(signal.SIGSTOP)
-        time.sleep(7)  # longer than any of the times
-        for process in processes:
-            process.send_signal(signal.SIGCONT)
-        wait_for_lines(config, 10, processes)
-        processes[1].send_signal(signal.SIGTERM)
-        assert [end(process)[0] for process in processes] == [0, 0]
+def test_a_job_that_is_suspended_as_a_whole_goes_on(tiny: Tiny, job: Job) -> None:
+    config = endless(tiny, 4.0)
+    ranks = job(config, ranks=2)
+    wait_for_lines(config, 3, ranks)
+    for pid in ranks.pids:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(5)  # longer than any of the times
+    for pid in ranks.pids:
+        os.kill(pid, signal.SIGCONT)
+    wait_for_lines(config, 10, ranks)
+    os.kill(ranks.pids[1], signal.SIGTERM)
+    assert ranks.codes == [0, 0], ranks.printed()
 
 
 def test_work_without_an_end_in_sight_is_no_hang(
@@ -305,3 +350,56 @@ def test_work_without_an_end_in_sight_is_no_hang(
     config = replace(tiny(steps=3), hang_timeout=1.0)
     train(config)
     assert json.loads((config.out / "status.json").read_text())["state"] == "finished"
+
+
+@needs_proc
+def test_long_work_before_the_first_step_is_no_hang(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In single calls, each twice as long as the timeout: of this process, a child, and for bytes
+    that come slowly."""
+    monkeypatch.setattr(loop, "open_corpus", after(compute, loop.open_corpus))
+    monkeypatch.setattr(loop, "build_model", after(read_slowly, loop.build_model))
+    monkeypatch.setattr(loop, "global_counts", after(compile_long, loop.global_counts))
+    config = replace(tiny(steps=1), hang_timeout=1.0)
+    train(config)
+    assert json.loads((config.out / "status.json").read_text())["state"] == "finished"
+
+
+def after(work: Callable[[], None], real: Callable[..., Any]) -> Callable[..., Any]:
+    def both(*args: Any, **kwargs: Any) -> Any:
+        work()
+        return real(*args, **kwargs)
+
+    return both
+
+
+def compute() -> None:
+    start = time.perf_counter()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 100_000)
+    rounds = 2 / (time.perf_counter() - start)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", int(100_000 * rounds))
+
+
+def read_slowly() -> None:
+    code = "import os, time\nfor _ in range(200): os.read(0, 1 << 16), time.sleep(0.01)"
+    with Path("/dev/zero").open("rb") as source:
+        subprocess.run([sys.executable, "-c", code], stdin=source, check=True)
+
+
+def compile_long() -> None:
+    code = "import time\nwhile time.process_time() < 2: pass"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@needs_proc
+def test_a_wait_for_a_gpu_is_no_work_though_it_spins(tiny: Tiny, job: Job) -> None:
+    spin = """
+import hashlib
+args[3]._spins = True  # the watchdog's: as on a GPU
+lst.train.loop.global_counts = lambda *_: hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+"""
+    config = endless(tiny, 4.0)
+    ranks = job(config, patched=("lst.train.loop", "prepare", 1, spin))
+    assert ranks.codes == [1]
+    assert re.match(r"no progress for \d+ s: rank 0: step 1, at <string>:", reason(config))

@@ -1,0 +1,123 @@
+"""Signs that this process works while its main thread stands still: what Linux counts in /proc.
+
+A compiler's processes use the CPU, a checkpoint moves bytes, a data worker starts and reads; a
+sleep, a lock, an empty queue and a dead connection do none of it. A wait for a GPU does: the thread
+that waits spins. So the time of this process and that of its children are told apart.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Work", "state_of", "work_so_far"]
+
+PROC = Path("/proc")
+TICKS = os.sysconf("SC_CLK_TCK")
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What has been done since this process began, the thread that asks left out."""
+
+    seconds: float  # of CPU time, of this process
+    children: float  # of its children and theirs, those that have ended too
+    moved: int  # bytes read and written, by all of them; files, maps and pipes, no sockets
+    flushed: int  # bytes that the machine holds to be written, while a thread waits for a disk
+
+    def differs(self, other: "Work", *, seconds: float, size: int, own: bool) -> bool:
+        """Whether more than a little was done between the two; ``own``: this process counts."""
+        return (
+            (own and abs(self.seconds - other.seconds) > seconds)
+            or abs(self.children - other.children) > seconds
+            or abs(self.moved - other.moved) > size
+            or abs(self.flushed - other.flushed) > size
+        )
+
+
+def work_so_far(proc: Path = PROC) -> Work | None:
+    """None where the system does not tell."""
+    me, thread = os.getpid(), threading.get_native_id()
+    try:
+        fields = _fields(proc / str(me))
+    except OSError:
+        return None
+    children = _ended(fields)
+    moved = _faulted(fields) + _bytes_moved(proc / str(me))
+    moved -= _bytes_moved(proc / str(me) / "task" / str(thread))
+    for pid in _descendants(proc, me):
+        with suppress(OSError):
+            their = _fields(proc / str(pid))
+            children += _own(their) + _ended(their)
+            moved += _faulted(their) + _bytes_moved(proc / str(pid))
+    return Work(
+        seconds=_own(fields) - time.thread_time(),
+        children=children,
+        moved=moved,
+        flushed=_to_be_written(proc) if _waits_for_a_disk(proc / str(me)) else 0,
+    )
+
+
+def state_of(pid: int | None) -> str:
+    """Of a process: R, S, D, T, Z …; empty where the system does not tell."""
+    with suppress(OSError):
+        return _fields(PROC / str(pid))[0]
+    return ""
+
+
+def _fields(process: Path) -> list[str]:
+    """Of a process or thread, from its state on: the third of proc_pid_stat(5)."""
+    return (process / "stat").read_text().rpartition(")")[2].split()
+
+
+def _own(fields: list[str]) -> float:
+    return (int(fields[11]) + int(fields[12])) / TICKS
+
+
+def _ended(fields: list[str]) -> float:
+    """CPU time of the children that have ended and been waited for."""
+    return (int(fields[13]) + int(fields[14])) / TICKS
+
+
+def _faulted(fields: list[str]) -> int:
+    """A page for each that had to be fetched: what a map of a file reads, on any file system."""
+    return (int(fields[9]) + int(fields[10])) * PAGE
+
+
+def _bytes_moved(process: Path) -> int:
+    """By system calls, and through the page cache from and to the disk; 0 where that is secret."""
+    try:
+        lines = (process / "io").read_text().splitlines()
+    except OSError:
+        return 0
+    counts = dict(line.split(": ") for line in lines)
+    return sum(int(counts[key]) for key in ("rchar", "wchar", "read_bytes", "write_bytes"))
+
+
+def _descendants(proc: Path, pid: int) -> Iterator[int]:
+    with suppress(OSError):
+        for thread in (proc / str(pid) / "task").iterdir():
+            with suppress(OSError):
+                for child in (thread / "children").read_text().split():
+                    yield int(child)
+                    yield from _descendants(proc, int(child))
+
+
+def _waits_for_a_disk(process: Path) -> bool:
+    with suppress(OSError):
+        for thread in (process / "task").iterdir():
+            with suppress(OSError):
+                if _fields(thread)[0] == "D":
+                    return True
+    return False
+
+
+def _to_be_written(proc: Path) -> int:
+    """What an fsync waits for goes on in the kernel: no process is charged for it."""
+    lines = (proc / "meminfo").read_text().splitlines()
+    sizes = {name: rest.split()[0] for name, _, rest in (line.partition(":") for line in lines)}
+    return sum(int(sizes.get(name, 0)) << 10 for name in ("Dirty", "Writeback", "WritebackTmp"))

@@ -1,0 +1,142 @@
+"""CPU time and bytes tell that a process works: of every thread and child, but not of who asks."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lst.train.work import Work, state_of, work_so_far
+
+pytestmark = pytest.mark.skipif(work_so_far() is None, reason="the system does not tell")
+
+
+def difference(act: Callable[[], None]) -> Work:
+    """What ``act`` adds, seen by another thread, as the watchdog is one."""
+    seen: list[Work] = []
+
+    def look() -> None:
+        work = work_so_far()
+        assert work is not None
+        seen.append(work)
+
+    for then in (act, lambda: None):
+        thread = threading.Thread(target=look)
+        thread.start()
+        thread.join()
+        then()
+    before, after = seen
+    return Work(
+        seconds=after.seconds - before.seconds,
+        children=after.children - before.children,
+        moved=after.moved - before.moved,
+        flushed=after.flushed,
+    )
+
+
+def spin(seconds: float = 0.5) -> None:
+    until = time.thread_time() + seconds
+    while time.thread_time() < until:
+        pass
+
+
+def test_the_time_of_this_process_is_its_threads() -> None:
+    def in_a_thread() -> None:
+        thread = threading.Thread(target=spin)
+        thread.start()
+        thread.join()
+
+    for act in (spin, in_a_thread):
+        work = difference(act)
+        assert 0.4 < work.seconds < 5
+        assert work.children < 0.1
+
+
+def test_the_time_of_the_thread_that_asks_does_not_count() -> None:
+    before = work_so_far()
+    spin()
+    after = work_so_far()
+    assert before is not None
+    assert after is not None
+    assert after.seconds - before.seconds < 0.3
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_the_time_of_children_counts_while_they_run_and_when_they_have_ended(ended: bool) -> None:
+    code = "import time\nwhile time.process_time() < 0.5: pass\nprint(flush=True)\ninput()"
+    # A grandchild: compilers start others.
+    command = [
+        sys.executable,
+        "-c",
+        f"import subprocess, sys; subprocess.run({[sys.executable, '-c', code]})",
+    ]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def act() -> None:
+            process.stdout.readline()
+            if ended:
+                process.communicate(b"\n")
+
+        work = difference(act)
+        process.communicate(None if ended else b"\n")
+    assert work.children > 0.3
+    assert work.seconds < 0.3
+
+
+def test_sleeping_is_no_work() -> None:
+    nothing = Work(seconds=0, children=0, moved=0, flushed=0)
+    slept = difference(lambda: time.sleep(0.5))
+    assert not slept.differs(nothing, seconds=0.1, size=10_000, own=True)
+
+
+def test_bytes_count_whoever_moves_them(tmp_path: Path) -> None:
+    size = 3 << 20
+    work = difference(lambda: (tmp_path / "file").write_bytes(b"0" * size) and None)
+    assert size <= work.moved < 4 * size
+    copy = ["dd", f"if={tmp_path / 'file'}", "of=/dev/null", "bs=1M"]
+    work = difference(lambda: subprocess.run(copy, check=True, capture_output=True) and None)
+    assert size <= work.moved < 4 * size
+
+
+def test_a_spinning_wait_is_told_apart_from_other_work() -> None:
+    before = Work(seconds=1, children=2, moved=3, flushed=4)
+    more = {"seconds": 2.0, "children": 3.0, "moved": 1000, "flushed": 1000}
+    for name, value in more.items():
+        after = Work(**{**vars(before), name: value})
+        assert after.differs(before, seconds=0.5, size=500, own=True)
+        assert after.differs(before, seconds=0.5, size=500, own=False) == (name != "seconds")
+        assert not after.differs(before, seconds=2, size=2000, own=True)
+
+
+def test_while_a_thread_waits_for_a_disk_what_the_machine_writes_counts(tmp_path: Path) -> None:
+    """A process and its threads as /proc shows them, as no test can have a slow disk."""
+    numbers = " ".join(map(str, range(4, 53)))
+    process = tmp_path / str(os.getpid())
+    for thread, state in ((1, "S"), (2, "D")):
+        folder = process / "task" / str(thread)
+        folder.mkdir(parents=True)
+        (folder / "stat").write_text(f"{thread} (a (b) c) {state} {numbers}\n")
+    (process / "stat").write_text(f"1 (a (b) c) S {numbers}\n")
+    (tmp_path / "meminfo").write_text("MemFree: 7 kB\nDirty: 3 kB\nWriteback: 2 kB\n")
+    work = work_so_far(tmp_path)
+    assert work is not None
+    assert work.flushed == 5 << 10
+    (process / "task/2/stat").write_text(f"2 (a (b) c) S {numbers}\n")
+    work = work_so_far(tmp_path)
+    assert work is not None
+    assert work.flushed == 0
+
+
+def test_the_state_of_a_process_is_told() -> None:
+    assert state_of(os.getpid()) == "R"
+    assert state_of(0) == ""
+
+
+def test_where_the_system_tells_nothing_nothing_is_made_up(tmp_path: Path) -> None:
+    assert work_so_far(tmp_path) is None
