@@ -1,5 +1,5 @@
 """The Triton kernels' own tests, and the suite that every backend passes, each file in a process of
-its own.
+its own, as many at a time as there are cores.
 
 Whether kernels are interpreted is settled when they are defined, so the process that interprets
 them cannot be the one that compiles them (`test_aot.py`).
@@ -8,6 +8,7 @@ them cannot be the one that compiles them (`test_aot.py`).
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,35 +17,50 @@ pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
 FILES = ("triton_attention.py", "triton_pooling.py", "triton_scan.py")
-
-
-SUITE = ("test_attention.py", "test_pooling.py", "test_scan.py", "test_operators.py")
+# The longest first, so that at the end no core waits for long.
+SUITE = ("test_pooling.py", "test_attention.py", "test_scan.py", "test_operators.py")
+INTERPRETED = {**dict.fromkeys(SUITE, ("-k", "triton")), **dict.fromkeys(FILES, ())}
 
 
 def run(file, *options, **environment):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / file)]
     command += options
-    done = subprocess.run(
+    return subprocess.run(
         command,
         env=os.environ | environment,
         cwd=HERE.parents[1],
         capture_output=True,
         text=True,
     )
+
+
+def expect_passed(done):
     assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-2000:]}"
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_kernels_are_right_in_the_interpreter(file):
-    run(file, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+@pytest.fixture(scope="module")
+def interpreted(request):
+    """What becomes of each file that a test of this run asks for."""
+    wanted = {
+        item.callspec.params["file"]
+        for item in request.session.items
+        if "interpreted" in getattr(item, "fixturenames", ())
+    }
+    environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        yield {
+            file: pool.submit(run, file, *options, **environment)
+            for file, options in INTERPRETED.items()
+            if file in wanted
+        }
 
 
-@pytest.mark.parametrize("file", SUITE)
-def test_every_backends_suite_passes_in_the_interpreter(file):
-    run(file, "-k", "triton", TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+@pytest.mark.parametrize("file", INTERPRETED)
+def test_kernels_are_right_in_the_interpreter(file, interpreted):
+    expect_passed(interpreted[file].result())
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("file", FILES)
 def test_kernels_are_right_on_the_gpu(file):
-    run(file)
+    expect_passed(run(file))

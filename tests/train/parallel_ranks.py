@@ -1,4 +1,4 @@
-"""What each rank of ``test_parallel.py`` runs: ``torchrun … parallel_ranks.py FOLDER PORT…``.
+"""What each rank of ``test_parallel.py`` runs: ``parallel_ranks.py FOLDER PORT…``.
 
 Trains every ``*.json`` configuration of FOLDER in turn, the one named ``parts`` again from its
 checkpoint of step 2; then looks at what one step of each strategy sends, and how a model lies. What
@@ -33,9 +33,7 @@ STRATEGIES = {"ddp": None, "fsdp": None, "hsdp": 2}  # replicas
 
 def main(folder: Path, ports: list[str]) -> None:
     metrics.plot_losses = lambda *_: None
-    # A meeting place of its own for every run: torchrun's serves one.
-    meetings = iter(ports)
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+    meetings = iter(ports)  # a meeting place of its own for every run
     for path in sorted(folder.glob("*.json")):
         config = read_config(path)
         os.environ["MASTER_PORT"] = next(meetings)

@@ -4,12 +4,8 @@ Two ranks (``parallel_ranks.py``) train all configurations, on the CPU through g
 """
 
 import json
-import os
 import shutil
-import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +32,8 @@ from lst.train.parallel import (
 from lst.vocabulary import Vocabulary
 
 Tiny = Callable[..., TrainConfig]
-SECONDS = 180  # that the ranks may take
+PROGRAM = Path(__file__).with_name("parallel_ranks.py")
+RANK = f"import runpy; runpy.run_path({str(PROGRAM)!r}, run_name='__main__')"
 VOCABULARY = Vocabulary(num_pieces=40, num_units=5)
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -81,7 +78,9 @@ def free_ports(number: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def ranks(
-    corpus: Path, tmp_path_factory: pytest.TempPathFactory, make_tiny: Callable[..., TrainConfig]
+    tmp_path_factory: pytest.TempPathFactory,
+    make_tiny: Callable[..., TrainConfig],
+    forking: Callable[[], Any],
 ) -> Ranks:
     folder = tmp_path_factory.mktemp("ranks")
     changes = RUNS | {f"{name}-bfloat16": values for name, values in BFLOAT16.items()}
@@ -90,26 +89,12 @@ def ranks(
     two = {name: make_tiny(folder / "runs" / name, **values) for name, values in changes.items()}
     for name, config in two.items():
         (folder / f"{name}.json").write_text(json.dumps(to_json(config)))
-    ports = free_ports(len(two) + 3)
-    launch = ["--nproc-per-node", 2, "--master-addr", "127.0.0.1", "--master-port", *ports[:1]]
-    program = [Path(__file__).with_name("parallel_ranks.py"), folder, *ports[1:]]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", *map(str, [*launch, *program])],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        _, err = process.communicate(timeout=SECONDS)
-    except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    assert process.returncode == 0, err
+    with forking() as fork:
+        fork(RANK, folder, *free_ports(len(two) + 2), ranks=2).succeed()
     return Ranks(one, two, [json.loads((folder / f"rank-{rank}").read_text()) for rank in (0, 1)])
 
 
-@pytest.mark.timeout(SECONDS)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", RUNS)
 def test_a_strategy_trains_and_validates_as_one_process_does(ranks: Ranks, name: str) -> None:
     config = ranks.two[name]

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -144,25 +142,14 @@ def test_a_folder_that_holds_another_run_keeps_its_status(tiny: Tiny) -> None:
     assert status(config) == before
 
 
-def start(config: TrainConfig) -> subprocess.Popen[str]:
-    """The command itself, in a process group of its own."""
-    config.out.mkdir()
-    (config.out / "config.json").write_text(json.dumps(to_json(config)))
-    return subprocess.Popen(
-        [sys.executable, "-m", "lst.train", "--resume", str(config.out)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    until = time.monotonic() + SECONDS
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < until
-        time.sleep(0.05)
+# The command itself, in a process group of its own.
+GROUP = """
+import os
+os.setpgrp()
+from lst.errors import run_command
+from lst.train.__main__ import main
+run_command(main)
+"""
 
 
 def lines(path: Path) -> int:
@@ -170,21 +157,23 @@ def lines(path: Path) -> int:
 
 
 @pytest.mark.timeout(2 * SECONDS)
-def test_a_signal_to_the_whole_job_stops_it_with_code_0_workers_and_all(tiny: Tiny) -> None:
+def test_a_signal_to_the_whole_job_stops_it_with_code_0_workers_and_all(
+    tiny: Tiny, fork: Callable[..., Any]
+) -> None:
     """scancel and a terminal's Ctrl-C reach the processes that make the rows as well."""
     from dataclasses import replace
 
     config = tiny(steps=100_000, validate_every=100_000)
     config = replace(config, data=replace(config.data, num_workers=1))
-    process = start(config)
-    try:
-        wait_for(lambda: lines(config.out / "metrics.jsonl") > 2, process)
-        os.killpg(process.pid, signal.SIGUSR1)
-        out, err = process.communicate(timeout=SECONDS)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, err
+    config.out.mkdir()
+    (config.out / "config.json").write_text(json.dumps(to_json(config)))
+    job, until = fork(GROUP, "--resume", config.out), time.monotonic() + SECONDS
+    while lines(config.out / "metrics.jsonl") < 3:
+        assert not job.ended, job.printed()
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    os.killpg(job.pids[0], signal.SIGUSR1)
+    out = job.succeed()
     got = status(config)
     assert (got["state"], got["signal"]) == ("stopped", "SIGUSR1")
     assert got["checkpoint"] == f"checkpoints/step-{got['step']:08d}"
