@@ -23,7 +23,7 @@ from typing import IO
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "build" / "matrix"
-EXTRAS = "[speech,scale,llama,float8,log,plots]"
+EXTRAS = "[speech,scale,llama,float8,log,plots,eval,demo]"
 TEST_TOOLS = ("hypothesis", "pytest", "pytest-benchmark", "pytest-timeout")
 BUILD_TOOLS = ("build", "setuptools", "cmake", "ninja")
 COMPILER = re.compile(r"(.*-)?(cc|c\+\+|gcc|g\+\+|clang|clang\+\+|icpx|nvcc|cmake|ninja)(-[\d.]+)?")
