@@ -103,15 +103,15 @@ def test_training_against_transformers(race, length: int):
         lambda: differentiate(patched, length),
         {name: lambda model=model: differentiate(model, length) for name, model in models.items()},
         floors=FLOORS[length],
-        rounds=3,
-        slow_rounds=2 if length > 4096 else None,
+        rounds=3 if length < 8192 else 2,
+        slow_rounds={1024: None, 4096: 2, 8192: 1}[length],
         facts={"length": length},
     )
 
 
 def test_what_each_switch_brings(race):
-    """All but one switch against all of them: what that one saves at 8,192 bytes."""
-    length = LENGTHS[-1]
+    """All but one switch against all of them: what that one saves at 4,096 bytes."""
+    length = LENGTHS[1]
     everything = make_model("sdpa")
     apply_lst_kernels_to_blt(everything)
     without = {}

@@ -7,8 +7,8 @@
 The shapes are those of the local side of the paper's 1B model: 16 heads of 64, 1 slot, d = 1024
 features, patches of 4 tokens, packed streams of 4k to 16k tokens, float32. Before anything is
 timed, results and gradients are held against the peer's. Ours and the peers run in turn, in one
-process; a figure is the least of its rounds. Peers that take seconds run for two rounds. The peer
-that comes from transformers is left out, and said to be, where that is not installed.
+process; a figure is the least of its rounds. Peers that take seconds run for a round or two. The
+peer that comes from transformers is left out, and said to be, where that is not installed.
 
     pytest benchmarks/test_kernels_cpu.py --benchmark-only
 """
@@ -114,7 +114,7 @@ def test_training_against_dense_mask_sdpa(race, pattern: str, floor: float):
         ours,
         {"dense-mask SDPA": dense},
         floors={"dense-mask SDPA": floor},
-        slow_rounds=2,
+        slow_rounds=2 if ranges.num_queries < 8192 else 1,  # after the one that was checked
         flops=14 * ranges.num_pairs * HEADS * HEAD_DIM,
         nbytes=forward_bytes(ranges) * 2 + grad.nbytes + sum(x.nbytes for x in qkv),
     )
