@@ -31,7 +31,7 @@ from lst.model import LanguageModel, ModelConfig, StackConfig, build_model
 from lst.presets import PRESETS
 from lst.vocabulary import Vocabulary
 
-__all__ = ["ARMS", "LST_1B", "REDUCED", "Arm", "Size", "make_batch", "make_model"]
+__all__ = ["ARMS", "LST_1B", "REDUCED", "Arm", "Size", "make_batch", "make_model", "stack"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,16 +44,16 @@ class Size:
     num_tokens: int  # of a stream; enough for a mix to have the paper's shares
 
 
-def _stack(layers: int, dim: int, heads: int) -> StackConfig:
+def stack(layers: int, dim: int, heads: int) -> StackConfig:
     return StackConfig(layers=layers, dim=dim, heads=heads, hidden=11 * dim // 4)
 
 
 REDUCED = Size(
     name="lst-1b / 8",
     config=ModelConfig(
-        encoder=_stack(1, 128, 2),
-        global_transformer=_stack(25, 256, 2),
-        decoder=_stack(9, 128, 2),
+        encoder=stack(1, 128, 2),
+        global_transformer=stack(25, 256, 2),
+        decoder=stack(9, 128, 2),
         local_window=64,
         decoder_window=64,
     ),

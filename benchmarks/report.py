@@ -319,6 +319,7 @@ def elsewhere(page: str) -> Callable[[Result], Iterator[str]]:
 
 SECTIONS: dict[str, tuple[str, Callable[[Result], Iterator[str]]]] = {
     "model": ("Whole models: patches beside token by token", model_section),
+    "decode": ("Generating speech and text", generic_section),
     "gap": ("From kernels to the model: where a training step's time goes", gap_section),
     "kernels": ("Kernels on the CPU", generic_section),
     "gpu": ("Kernels on a GPU", gpu_section),
