@@ -16,7 +16,9 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 GALLERY = DOCS / "kernels.md"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
-TUTORIALS = DOCS / "tutorials"  # whose blocks go on from one another: see test_tutorials.py
+# Whose blocks go on from one another: see test_tutorials.py
+TUTORIALS = DOCS / "tutorials"
+FOLLOWED = [DOCS / "generation.md"]
 SOURCES = sorted((ROOT / "lst_kernels").rglob("*.py"))
 WITH_EXAMPLES = [path for path in SOURCES if ">>> " in path.read_text()]
 
@@ -24,7 +26,7 @@ WITH_EXAMPLES = [path for path in SOURCES if ">>> " in path.read_text()]
 def code_blocks():
     blocks = []
     for page in PAGES:
-        if page.parent == TUTORIALS:
+        if page.parent == TUTORIALS or page in FOLLOWED:
             continue
         for block in re.finditer(r"^```python\n(.*?)^```$", page.read_text(), re.M | re.S):
             line = block.string.count("\n", 0, block.start(1))

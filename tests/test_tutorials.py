@@ -177,3 +177,43 @@ def test_add_a_patching_strategy(run, tmp_path, tiny_corpus):
     follow("patching-strategy", command, here.code, change)
     config = json.loads((tmp_path / "runs/demo/config.json").read_text())
     assert config["data"]["patching"]["strategy"] == "repeats"
+
+
+# --- use a model (a guide, but one to follow) -----------------------------------------------------
+
+
+def test_use_a_model(tmp_path, monkeypatch, make_trained):
+    """Of random weights: what it says is not shown."""
+    pytest.importorskip("soundfile")
+    pytest.importorskip("scipy")
+    import numpy as np
+
+    from lst.pretrained import save_pretrained
+    from lst.speech.audio import write_wav
+
+    monkeypatch.chdir(tmp_path)
+    save_pretrained(make_trained(), "runs/demo")
+    time = np.arange(16_000) / 16_000
+    write_wav("story.wav", 0.3 * np.sin(1400 * time) * (1 + np.sin(9 * time)))
+    reader = InProcess("../generation")
+
+    def command(line):
+        """As a shell: what is after > goes to that file."""
+        line, _, file = line.partition(" > ")
+        printed = reader.command(line)
+        if file:
+            Path(file).write_text(printed)
+        return printed
+
+    def requests(text):
+        Path("requests.jsonl").write_text(text)
+
+    follow("../generation", command, reader.code, requests)
+    files = {"continuation.txt", "units.json", "prompt.wav", "continuation.wav"}
+    assert {path.name for path in Path("heard").iterdir()} == files
+    printed = [json.loads(line) for line in Path("results.jsonl").read_text().splitlines()]
+    written = [json.loads(line) for line in Path("answers/results.jsonl").read_text().splitlines()]
+    assert [result["id"] for result in printed] == ["1", "dog"]
+    assert written == [
+        result | {"folder": f"{number:05d}"} for number, result in enumerate(printed)
+    ]

@@ -152,6 +152,7 @@ def prepare(
         if checkpoint is not None:
             state = read_state(checkpoint)
             check_same_data(corpus, state, str(checkpoint))
+            state = replace(state, codebook=corpus.codebook)  # an older one does not say
         loader = TrainLoader(
             config.data,
             corpus.vocabulary,

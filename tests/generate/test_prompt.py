@@ -208,11 +208,11 @@ def test_prompts_are_read_back(make_trained: Make, spans: list[Any], then: Any, 
 def test_no_character_is_lost_that_the_tokenizer_has_never_seen(
     make_trained: Make, text: str
 ) -> None:
-    """A tokenizer of ours spells it in bytes; U+0000 and the blank of SentencePiece are kept out,
-    which it reads as the end of the text and as a blank."""
-    trained, text = make_trained(), text.replace("\0", "").replace("\u2581", "")
+    """A tokenizer of ours spells it in bytes; only SentencePiece's sign for a blank becomes one."""
+    trained = make_trained()
     tokens = prompt_tokens([text], trained.vocabulary, trained.tokenizer, then="text")
-    assert "".join(spans_of(tokens, trained.vocabulary, trained.tokenizer)) == text
+    read = "".join(spans_of(tokens, trained.vocabulary, trained.tokenizer))
+    assert read == text.replace("\u2581", " ")
 
 
 def test_a_tokenizer_without_bytes_reads_an_unknown_character_as_unknown(tmp_path: Path) -> None:
