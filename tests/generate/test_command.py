@@ -71,7 +71,7 @@ def tone(path: Path, seconds: float = 0.4) -> Path:
 def read_wav(path: Path) -> np.ndarray:
     with wave.open(str(path)) as file:
         assert (file.getframerate(), file.getnchannels(), file.getsampwidth()) == (16_000, 1, 2)
-        return np.frombuffer(file.readframes(file.getnframes()), "<i2") / 32767
+        return np.frombuffer(file.readframes(file.getnframes()), "<i2") / 32768
 
 
 def expected(
@@ -217,7 +217,7 @@ def test_a_folder_has_text_units_and_sound(model: Path, run: Run, tmp_path: Path
         units = np.concatenate([span["units"] for span in told[part]])
         sound = read_wav(out / f"{part}.wav")
         assert len(sound) == 640 * len(units)  # 40 ms each
-        np.testing.assert_allclose(sound, sound_of(units, codebook), atol=1 / 32767)
+        np.testing.assert_allclose(sound, sound_of(units, codebook), atol=1 / 32768)
     assert len(told["tokens"]) == len(told["logprobs"])
     assert sum(told["patch_lengths"]) == len(told["prompt_tokens"]) + len(told["tokens"])
     assert told["sampling"]["seed"] == 1

@@ -303,7 +303,7 @@ def test_audio_becomes_the_units_of_the_codebook(
     write_wav(tmp_path / "a.wav", tone(1.0))
     units = audio_units(tmp_path / "a.wav", encoder, max_seconds=2)
     codebook = LogMelKMeans.load(trained.codebook_file)
-    rounded = np.rint(tone(1.0) * 32767) / 32768  # 16 bits
+    rounded = np.rint(tone(1.0) * 32768) / 32768  # 16 bits
     np.testing.assert_array_equal(units, codebook.encode(rounded.astype(np.float32)))
     assert (len(units), units.dtype) == (25, np.int16)
 
