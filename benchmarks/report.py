@@ -310,6 +310,40 @@ def gpu_section(result: Result) -> Iterator[str]:
     yield f"{len(result.content['checks']) - len(wrong)} checks passed, {len(wrong)} did not."
 
 
+def vocoder_section(result: Result) -> Iterator[str]:
+    """Speech that was units, beside what it was."""
+    learnt = result.content["training"]
+    yield (
+        f"A vocoder of size `{learnt['size']}` learnt for {learnt['steps']:,} steps, "
+        f"{learnt['seconds'] / 60:.0f} minutes on one thread of a machine that others used "
+        f"(load {result.machine['load']:.1f}), {learnt['alone_steps']:,} of them without "
+        f"discriminators; it heard {learnt['seconds_heard'] / 3600:.1f} hours of speech by "
+        "eight voices. Distortion is mel cepstral, in dB; characters are read by the CTC model of "
+        "`benchmarks/alignment.py`; units are what comes out when the sound is encoded again. "
+        "The unknown voice is answered in a known one, so distance from it counts the change of "
+        "voice."
+    )
+    header = (
+        "held-out stories by", "sound", "distortion", "within words", "wrong characters",
+        "units kept", "level, dB", "times real time",
+    )  # fmt: skip
+    lines = []
+    for part in ("known_voices", "unknown_voice"):
+        for way in ("original", "inversion", "vocoder"):
+            got = result.content[part][way]
+            speed = got["times_real_time"]
+            lines.append(
+                (
+                    part.replace("_", " "), way, f"{got['distortion_db']:.2f}",
+                    f"{got['distortion_db_in_words']:.2f}", f"{got['character_error_rate']:.1%}",
+                    f"{got['share_of_units_kept']:.1%}",
+                    f"{got['level_db_above_the_original']:+.1f}",
+                    "" if speed is None else f"{speed:.1f}",
+                )
+            )  # fmt: skip
+    yield markdown(header, lines, left=2)
+
+
 def elsewhere(page: str) -> Callable[[Result], Iterator[str]]:
     def section(result: Result) -> Iterator[str]:
         yield f"Told in {page}."
@@ -327,6 +361,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], Iterator[str]]]] = {
     "blt": ("BLT in transformers, with our kernels and without", generic_section),
     "data": ("Reading: records to batches", generic_section),
     "speech": ("Forced alignment", generic_section),
+    "vocoder": ("Sound from units", vocoder_section),
     "startup": ("Starting up", generic_section),
     "alignment": ("How near alignments come", elsewhere("[data.md](data.md)")),
     "demo": ("What the demo learns", elsewhere("[the README](../README.md)")),

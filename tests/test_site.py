@@ -16,6 +16,7 @@ import lst_kernels
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS_OF_COMMANDS = ("lst.prepare", "lst.evaluate.harness", "lst.vocoder")
 MODULE = re.compile(r"(?:python|torchrun).* -m (lst[\w.]*)(.*)")
 
 
@@ -52,7 +53,7 @@ def test_a_command_of_a_page_has_the_options_that_it_shows(module, words, monkey
     monkeypatch.setenv("COLUMNS", "400")
     if module == "lst.evaluate.harness":
         pytest.importorskip("lm_eval", reason="lst[eval] is not installed")
-    subcommand = words[:1] if module in ("lst.prepare", "lst.evaluate.harness") else ()
+    subcommand = words[:1] if module in COMMANDS_OF_COMMANDS else ()
     known = help_of(module, *subcommand)
     options = [word.split("=")[0] for word in words if word.startswith("--")]
     assert [each for each in options if not re.search(rf"{each}(?![\w-])", known)] == []

@@ -160,6 +160,7 @@ def train_vocoder(config: TrainVocoderConfig) -> str:
                 if run.step % config.save_every == 0:
                     run.save()
             upcoming.cancel()
+            run.report()
             run.save()
     finally:
         lock.release()
@@ -317,7 +318,9 @@ class _Run:
     # Telling ---------------------------------------------------------------------------------
 
     def report(self) -> None:
-        """Means since the last report, to the terminal and to metrics.jsonl."""
+        """Means since the last report, if there are any, to the terminal and to metrics.jsonl."""
+        if not self._recent:
+            return
         means = {
             name: float(np.mean([each[name] for each in self._recent if name in each]))
             for name in self._recent[-1]
