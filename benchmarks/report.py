@@ -344,6 +344,32 @@ def vocoder_section(result: Result) -> Iterator[str]:
     yield markdown(header, lines, left=2)
 
 
+def asr_section(result: Result) -> Iterator[str]:
+    """Word error rates of fine-tuned models, after so many steps."""
+    asked = result.content["asked"]
+    begin = "From scratch" if asked["from_scratch"] else "From the demo's models"
+    yield (
+        f"{begin}, {asked['rows']} × {asked['units_per_row']} units a step, learning rate "
+        f"{asked['lr']:g}, on sentences; heard: hours of speech trained on, repetitions counted. "
+        "In brackets 95 % intervals."
+    )
+    lines = []
+    for run in result.content["runs"]:
+        for point in run["points"]:
+            words, characters = point["scores"]
+            lines.append(
+                (
+                    run["preset"], point["set"], f"{point['step']:,}",
+                    f"{point['hours_heard']:.1f}",
+                    f"{words['rate']:.1%} ({words['low']:.1%} – {words['high']:.1%})",
+                    f"{characters['rate']:.1%}",
+                    f"{point['units_per_second_of_speech']:.1f}",
+                )
+            )  # fmt: skip
+    header = ("model", "said", "steps", "heard", "WER", "CER", "units per second of speech")
+    yield markdown(header, lines, left=2)
+
+
 def elsewhere(page: str) -> Callable[[Result], Iterator[str]]:
     def section(result: Result) -> Iterator[str]:
         yield f"Told in {page}."
@@ -364,6 +390,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], Iterator[str]]]] = {
     "vocoder": ("Sound from units", vocoder_section),
     "startup": ("Starting up", generic_section),
     "alignment": ("How near alignments come", elsewhere("[data.md](data.md)")),
+    "asr": ("Learning to transcribe: patches beside tokens", asr_section),
     "demo": ("What the demo learns", elsewhere("[the README](../README.md)")),
 }
 PICTURES = {  # name: the section that shows it, what it shows

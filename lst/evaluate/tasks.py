@@ -7,6 +7,7 @@ for people and values for the result file::
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,16 +19,27 @@ from tqdm import tqdm
 
 from lst.data.interleave import Mode
 from lst.data.patching import PatchingConfig
-from lst.data.records import read_items
+from lst.data.records import FRAMES_PER_SECOND, Record, read_items
 from lst.errors import UserError
 from lst.evaluate.choice import choice_scores, format_table, likelihoods
+from lst.evaluate.error_rate import Normaliser, error_rates, format_error_rates, normaliser
 from lst.evaluate.progress import Progress
 from lst.evaluate.questions import READERS, Question, has_sides, of_items, read_questions, sides
 from lst.evaluate.speech import Speaker, check_recordings, find_voice
-from lst.files import Location
+from lst.evaluate.speech_to_text import (
+    Answer,
+    generator_of,
+    open_records,
+    same_units,
+    speak,
+    transcribe,
+)
+from lst.files import Location, write_atomically
+from lst.generate import Sampling
 from lst.generate.prompt import open_units
 from lst.pretrained import Pretrained
 from lst.speech.synthesis import Voice
+from lst.train.checkpoint import load_trained
 from lst.train.config import to_json
 from lst.train.corpus import made_with
 
@@ -43,8 +55,11 @@ class EvaluateConfig:
     checkpoint: Annotated[str, tyro.conf.Positional]
     """A run folder, one of its checkpoints, a folder of save_pretrained or its name on the hub."""
     task: str = "stories"
-    """stories (of the corpus trained on), hellaswag, storycloze, topicstorycloze, swuggy, sblimp"""
-    data: Path | None = None  # the task's file or folder; None: the stories of the corpus
+    """stories (of the corpus trained on), hellaswag, storycloze, topicstorycloze, swuggy, sblimp;
+    asr and tts, of a model that was trained to transcribe and to speak"""
+    data: Path | None = None
+    """The task's file or folder. None: the stories of the corpus; of asr and tts, its
+    valid/speech."""
     modes: tuple[Literal["S2S", "T2T", "S2T", "T2S"], ...] | None = None
     """Prompt to ending, speech or text. None: S2S and T2T, as far as the data has them."""
     espeak: str | None = None
@@ -54,6 +69,11 @@ class EvaluateConfig:
     hubert: str | None = None  # HuBERT that the codebook is of: a folder or a hub name
     layer: int | None = None  # of HuBERT
     boundary_noise_ms: float | None = None  # of aligned patches; None: as in training
+    normaliser: Normaliser = "english"
+    """What asr and tts do to both texts before they compare them: Whisper's english or basic."""
+    recogniser: str | None = None  # of tts: a model that transcribes what was spoken
+    temperature: float = 0.0  # of tts; 0: the likeliest unit after unit
+    seed: int = 0  # of tts
     tokens_per_batch: int = 16384  # documents are packed up to about so many tokens
     device: str = "cpu"
     json: Path | None = None
@@ -227,4 +247,95 @@ def _digest_of(questions: Sequence[Question]) -> str:
     return f"sha256:{content.hexdigest()}"
 
 
-TASKS: dict[str, Task] = {"stories": choices, **dict.fromkeys(READERS, choices)}
+# Transcribing and speaking ------------------------------------------------------------------------
+
+
+def asr(config: EvaluateConfig, trained: Pretrained) -> Report:
+    """Transcribe every record of a dataset: word and character error rate."""
+    folder, records = _records(config, trained)
+    answers = transcribe(
+        generator_of(trained, config.device),
+        trained.tokenizer,
+        [record.units for record in records if record.units is not None],
+        tokens_per_batch=config.tokens_per_batch,
+    )
+    return _error_report(config, folder, records, answers, [answer.text for answer in answers])
+
+
+def tts(config: EvaluateConfig, trained: Pretrained) -> Report:
+    """Speak the text of every record, and transcribe what was spoken by another model."""
+    if config.recogniser is None:
+        raise UserError("--recogniser: expected a model that transcribes units, got none")
+    folder, records = _records(config, trained)
+    recogniser = load_trained(config.recogniser, config.device)
+    same_units(trained, recogniser, str(config.recogniser))
+    answers = speak(
+        generator_of(trained, config.device),
+        trained.tokenizer,
+        [record.text or "" for record in records],
+        sampling=Sampling(temperature=config.temperature, seed=config.seed),
+        tokens_per_batch=config.tokens_per_batch,
+    )
+    spoken = [number for number, answer in enumerate(answers) if len(answer.units)]
+    heard = transcribe(
+        generator_of(recogniser, config.device),
+        recogniser.tokenizer,
+        [answers[number].units for number in spoken],
+        tokens_per_batch=config.tokens_per_batch,
+    )
+    texts = [""] * len(answers)  # where nothing was spoken nothing is heard
+    for number, each in zip(spoken, heard, strict=True):
+        texts[number] = each.text
+    return _error_report(config, folder, records, answers, texts)
+
+
+def _records(config: EvaluateConfig, trained: Pretrained) -> tuple[Location, list[Record]]:
+    corpus = Location(trained.config.data.corpus)
+    folder = corpus / "valid" / "speech" if config.data is None else Location(config.data)
+    return folder, open_records(folder, trained.codebook, trained.vocabulary)
+
+
+def _error_report(
+    config: EvaluateConfig,
+    folder: Location,
+    records: Sequence[Record],
+    answers: Sequence[Answer],
+    hypotheses: Sequence[str],
+) -> Report:
+    """Scores, and where they are written, what they are of beside them, a line a record."""
+    references = [record.text or "" for record in records]
+    rates = error_rates(references, hypotheses, normalise=normaliser(config.normaliser))
+    seconds = sum(
+        len(record.units if config.task == "asr" and record.units is not None else answer.units)
+        for record, answer in zip(records, answers, strict=True)
+    ) / FRAMES_PER_SECOND  # fmt: skip
+    values = {
+        "data": str(folder),
+        "normaliser": config.normaliser,
+        "scores": [asdict(rate) for rate in rates],
+        "seconds_of_speech": seconds,
+        "units": sum(answer.num_units for answer in answers),  # of the global transformer
+        "not_ended": sum(answer.stopped != "eos" for answer in answers),
+    }
+    if config.json is not None:
+        lines = [
+            {
+                "id": record.id,
+                "reference": record.text,
+                "hypothesis": hypothesis,
+                "stopped": answer.stopped,
+                **({"units": answer.units.tolist()} if config.task == "tts" else {}),
+            }
+            for record, answer, hypothesis in zip(records, answers, hypotheses, strict=True)
+        ]
+        content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        write_atomically(Path(f"{config.json}.answers.jsonl"), content)
+    return Report(table=format_error_rates(rates), values=values)
+
+
+TASKS: dict[str, Task] = {
+    "stories": choices,
+    **dict.fromkeys(READERS, choices),
+    "asr": asr,
+    "tts": tts,
+}
