@@ -16,9 +16,10 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 GALLERY = DOCS / "kernels.md"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
-# Whose blocks go on from one another: see test_tutorials.py
+# Whose blocks go on from one another, or need a model: see test_tutorials.py, and
+# evaluate/test_asr.py
 TUTORIALS = DOCS / "tutorials"
-FOLLOWED = [DOCS / "generation.md"]
+FOLLOWED = [DOCS / "generation.md", DOCS / "asr-tts.md"]
 SOURCES = sorted((ROOT / "lst_kernels").rglob("*.py"))
 WITH_EXAMPLES = [path for path in SOURCES if ">>> " in path.read_text()]
 

@@ -1,6 +1,7 @@
 """Error rates are those counted by hand, and a model that learnt its clips says and hears them."""
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,6 +31,7 @@ from lst.vocabulary import train_tokenizer
 pytest.importorskip("jiwer", reason="lst[speech] is not installed")
 pytest.importorskip("whisper_normalizer", reason="lst[speech] is not installed")
 
+PAGE = Path(__file__).parents[2] / "docs" / "asr-tts.md"
 AS_IT_IS = normaliser("none")
 
 
@@ -233,6 +235,20 @@ def test_the_command_writes_scores_and_beside_them_what_they_are_of(
     assert [line["hypothesis"] for line in lines] == LINES
     if task == "tts":
         assert [line["units"] for line in lines] == [spoken(line).tolist() for line in LINES]
+
+
+def test_the_code_of_the_page_transcribes(
+    learnt: TrainConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (code,) = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.M | re.S)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "demo-asr").symlink_to(learnt.out)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {"units": spoken("red fox")})
+    assert capsys.readouterr().out == "red fox\n"
 
 
 # --- bad input ------------------------------------------------------------------------------------
