@@ -1,0 +1,123 @@
+"""``python -m lst.demo CHECKPOINT``: a page to try a trained model by.
+
+Type, upload or record a prompt; hear and read how the model goes on; see its patches.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import tempfile
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from lst.demo.examples import corpus_examples
+from lst.demo.page import import_gradio, launch_settings, make_page
+from lst.demo.session import Limits, Session
+from lst.errors import UserError, run_command
+from lst.generate.prompt import open_units
+from lst.pretrained import Pretrained
+from lst.speech.sound import UnitVoice, load_voice
+from lst.speech.units import LogMelKMeans, UnitEncoder
+from lst.train.checkpoint import load_trained
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Serve a page to try a trained model by."""
+
+    checkpoint: Annotated[str, tyro.conf.Positional]  # a run folder, a checkpoint, or saved model
+    host: str = "127.0.0.1"  # who may come: this machine alone; 0.0.0.0: whoever reaches it
+    port: int = 7860  # 0: any that is free
+    codebook: Path | None = None  # what makes units of audio; None: the corpus's
+    hubert: str | None = None  # with it the codebook is a k-means of HuBERT's states
+    layer: int | None = None  # of HuBERT
+    voice: Path | None = None  # what speaks units, a codebook or vocoder; None: the codebook
+    speaker: str | None = None  # one of the vocoder's
+    device: str = "cpu"
+    max_seconds: float = Limits.seconds  # of audio in a prompt
+    max_megabytes: float = 20.0  # of an uploaded file
+    max_tokens: int = Limits.tokens  # of a continuation
+    time_limit: float = Limits.time  # seconds for a continuation
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 65536:
+            raise UserError(f"--port: expected a port up to 65535, got {self.port}")
+        for name in ("max_seconds", "max_megabytes", "max_tokens", "time_limit"):
+            if not getattr(self, name) > 0:
+                option = name.replace("_", "-")
+                raise UserError(f"--{option}: expected more than 0, got {getattr(self, name)}")
+
+
+def open_session(config: DemoConfig) -> Session:
+    trained = load_trained(config.checkpoint, config.device)
+    return Session(
+        trained,
+        encoder=_encoder(config, trained),
+        voice=_voice(config, trained),
+        speaker=config.speaker,
+        limits=Limits(seconds=config.max_seconds, tokens=config.max_tokens, time=config.time_limit),
+        device=config.device,
+    )
+
+
+def _encoder(config: DemoConfig, trained: Pretrained) -> UnitEncoder | None:
+    """What makes the model's units; None where nothing is known of that."""
+    asked = (config.codebook, config.hubert, config.layer) != (None, None, None)
+    if not asked and trained.codebook_file is None:
+        return None
+    return open_units(trained, codebook=config.codebook, hubert=config.hubert, layer=config.layer)
+
+
+def _voice(config: DemoConfig, trained: Pretrained) -> LogMelKMeans | UnitVoice | None:
+    path = config.voice or trained.codebook_file
+    return None if path is None else load_voice(path)
+
+
+def serve(config: DemoConfig) -> None:
+    """Until the process is interrupted or told to end."""
+    with tempfile.TemporaryDirectory(prefix="lst-demo-") as folder:
+        # Uploads and sounds go here, and go with it; Gradio reads this where it is imported.
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        gr = import_gradio()
+        session = open_session(config)
+        page = make_page(session, corpus_examples(session, Path(folder)))
+        try:
+            page.launch(
+                server_name=config.host,
+                server_port=config.port or _free_port(),
+                max_file_size=int(config.max_megabytes * 1e6),
+                prevent_thread_lock=True,
+                **launch_settings(gr),
+            )
+        except OSError:
+            raise UserError(
+                f"--port: expected one that is free, got {config.port} of {config.host}"
+            ) from None
+        print(f"{page.local_url}  (Ctrl-C ends it)", flush=True)
+        try:
+            threading.Event().wait()
+        finally:
+            page.close()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def main() -> None:
+    config = tyro.cli(DemoConfig, description=__doc__)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt):
+        serve(config)
+
+
+if __name__ == "__main__":
+    run_command(main)
