@@ -7,7 +7,7 @@ from lst.data.records import FRAMES_PER_SECOND, Record, read_items
 from lst.demo.page import Example
 from lst.demo.session import Session
 from lst.files import Location
-from lst.speech.synthesis import SAMPLE_RATE
+from lst.speech.audio import write_wav
 from lst.train.corpus import made_with
 
 __all__ = ["corpus_examples"]
@@ -36,14 +36,12 @@ def corpus_examples(session: Session, folder: Path) -> list[Example]:
     ]
     if session.encoder is None or not session.speaks:
         return written
-    import soundfile
-
     spoken = []
     for number, each in enumerate(prompts[EACH:], 1):
         record = _beginning(each)
         if record is not None and record.units is not None:
             path = folder / f"story-{number}.wav"
-            soundfile.write(path, session.sound(record.units), SAMPLE_RATE)
+            write_wav(path, session.sound(record.units))
             session.know(path, record)
             label = _label(" ".join(word.word for word in record.words or ()))
             spoken.append(Example(label=f"spoken: {label}", audio=path))
