@@ -22,11 +22,11 @@ ORDERS: dict[str, Order] = {"text, then audio": "text first", "audio, then text"
 MAX_WAITING = 16  # requests; one is worked on at a time
 
 STYLE = """
-.gradio-container { max-width: 1320px !important; }
+.gradio-container .fillable { max-width: 1320px !important; }
 #facts p, #ended p { opacity: 0.75; margin: 0; }
 #speech { min-height: 0; }
 #speech .audio-container { height: auto; min-height: 0; }
-#speech .upload-container { height: 128px; min-height: 0; }
+#speech .upload-container, #speech .upload-container .wrap { height: 124px; min-height: 0; }
 #picture .html-container { padding: 0; }
 footer { display: none !important; }
 """
@@ -165,7 +165,7 @@ def make_page(session: Session, examples: Sequence[Example] = ()) -> Any:
                 go = gr.Button("Continue", variant="primary", elem_id="go")
         with gr.Row():
             read = gr.Textbox(
-                label="Continuation", lines=3, max_lines=12, interactive=False, elem_id="read"
+                label="Continuation", lines=5, max_lines=12, interactive=False, elem_id="read"
             )
             heard = gr.Audio(
                 label="Its speech",

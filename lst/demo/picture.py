@@ -256,7 +256,8 @@ def _draw_row(row: _Row, waveform: np.ndarray, words: Sequence[Word], scale: _Sc
         f"{_patches(len(row.patches))}, with the −log p of each token"
     )
     flag = "".join(
-        f'<span class="flag" style="{row.left(frame)}"><b>continuation</b></span>'
+        f'<span class="flag{" before" if frame - row.start > 0.85 * scale.row else ""}" '
+        f'style="{row.left(frame)}"><b>continuation</b></span>'
         for token, frame, _ in row.tokens()
         if token.position == scale.prompt
     )
@@ -272,14 +273,14 @@ def _draw_row(row: _Row, waveform: np.ndarray, words: Sequence[Word], scale: _Sc
 
 
 def _words(row: _Row, words: Sequence[Word]) -> str:
-    """Each above its frames, as wide as the next one allows, or in two lines the next but one."""
+    """Each above its frames. They take turns in two lines, so each is as wide as the next but one
+    allows."""
     here = [word for word in words if row.start <= word.start < row.stop]
     if not here:
         return ""
     starts = [*(word.start for word in here), row.stop, row.stop]
     spans = (
-        f'<span style="{row.left(word.start)};--one:{row.percent(starts[at + 1] - word.start)};'
-        f'--two:{row.percent(starts[at + 2] - word.start)}" title="{escape(word.word)}">'
+        f'<span style="{row.place(word.start, starts[at + 2])}" title="{escape(word.word)}">'
         f"{escape(word.word)}</span>"
         for at, word in enumerate(here)
     )
