@@ -32,6 +32,7 @@ def test_the_wheel_holds_the_library_and_no_sources(wheel: Path):
     assert len([name for name in names if LIBRARY.fullmatch(name)]) == 1
     assert not [name for name in names if name.endswith((".cpp", ".h"))]
     assert {"lst_kernels/py.typed", "lst/py.typed", "lst/errors.py"} <= set(names)
+    assert "lst/demo/picture.css" in names
     assert not [name for name in names if name.startswith("tests")]
 
 

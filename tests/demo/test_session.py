@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import soundfile
 
 from lst.data.patching import PatchingConfig
 from lst.data.records import Record, StoryItem, Word, write_items
@@ -15,6 +14,8 @@ from lst.errors import UserError
 from lst.generate import Sampling
 from lst.speech.units import FRAME_SAMPLES
 
+soundfile = pytest.importorskip("soundfile", reason="lst[speech] is not installed")
+pytest.importorskip("scipy", reason="lst[speech] is not installed")
 RATE = 16_000
 
 
