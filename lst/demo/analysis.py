@@ -20,7 +20,6 @@ import torch
 from lst.data.batch import pack_documents
 from lst.data.interleave import Document
 from lst.data.patching import PatchingConfig, final_strategy
-from lst.data.records import FRAMES_PER_SECOND
 from lst.flops import forward_flops, patch_counts
 from lst.model import LanguageModel, ModelConfig
 from lst.vocabulary import Tokenizer, Vocabulary
@@ -164,7 +163,7 @@ def analyse(
                     share=flops[number] / sum(flops),
                 )
             )
-        units = vocabulary.decode_units(document.tokens[first:last] if is_speech else tokens[:0])
+        units = vocabulary.decode_units(document.tokens[first : last if is_speech else first])
         runs.append(Run(is_speech=is_speech, patches=tuple(patches), units=units))
     return Analysis(runs=tuple(runs), prompt=prompt, flops=sum(flops))
 
@@ -203,7 +202,3 @@ def _piece_texts(pieces: Sequence[int], tokenizer: Tokenizer) -> list[str]:
         if texts[-1]:
             start = stop
     return texts
-
-
-def seconds(frames: int) -> float:
-    return frames / FRAMES_PER_SECOND
