@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("matplotlib")
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks import report
 from lst.errors import UserError

@@ -120,19 +120,23 @@ def test_user_mistakes_are_one_line(tmp_path):
     (tmp_path / "other").write_bytes(b"not a model")
     with pytest.raises(UserError, match="expected a SentencePiece model"):
         Tokenizer.load(tmp_path / "other")
-    for name in ("tokenizer.json", "tokenizer.model"):
-        with pytest.raises(UserError, match=r"expected tokenizer\.model or .*, got no tokenizer"):
-            Tokenizer.load(tmp_path)
-        (tmp_path / name).write_text("{}")
-        with pytest.raises(UserError, match=rf"{name}: expected a .*, got another file"):
-            Tokenizer.load(tmp_path)
-        (tmp_path / name).rename(tmp_path / f"the {name}")
+    with pytest.raises(UserError, match=r"expected tokenizer\.model or .*, got no tokenizer"):
+        Tokenizer.load(tmp_path)
     for name in ("tokenizer.json", "tokenizer.model"):
         (tmp_path / name).write_text("{}")
     with pytest.raises(UserError, match="got both"):
         Tokenizer.load(tmp_path)
     with pytest.raises(UserError, match="no tokenizer of 9000 pieces"):
         train_tokenizer(LINES, tmp_path / "d.model", num_pieces=9000)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+def test_another_file_of_a_tokenizers_name_is_named(tmp_path, name):
+    if name.endswith(".json"):
+        pytest.importorskip("tokenizers")
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match=rf"{name}: expected a .*, got another file"):
+        Tokenizer.load(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["The cat sat.", " two  blanks ", "zażółć 日本 ✓!", "a\nb\tc", ""])
