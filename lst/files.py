@@ -164,8 +164,12 @@ def making_folder(path: Path) -> Iterator[Path]:
         try:
             temporary.mkdir(parents=True)
             yield temporary
-            for each in [*temporary.rglob("*"), temporary]:
+            mode = temporary.stat().st_mode & 0o666  # safetensors lets the owner alone read a file
+            for each in temporary.rglob("*"):
+                if each.is_file():
+                    each.chmod(mode)
                 fsync(each)
+            fsync(temporary)
             temporary.rename(path)
             fsync(temporary.parent)
         finally:

@@ -81,6 +81,18 @@ def test_a_folder_is_made_of_plain_files(make_trained: Make, tmp_path: Path) -> 
     assert load_file(folder / "model.safetensors").keys() == trained.model.weights().keys()
 
 
+def test_others_may_read_the_files_that_may_read_the_folder(
+    make_trained: Make, tmp_path: Path
+) -> None:
+    """safetensors makes its own for the owner alone, which is no use to share."""
+    folder, umask = tmp_path / "saved", os.umask(0o027)
+    try:
+        save_pretrained(make_trained(), folder)
+    finally:
+        os.umask(umask)
+    assert {oct(path.stat().st_mode & 0o777) for path in folder.iterdir()} == {"0o640"}
+
+
 def test_a_model_whose_codebook_is_no_file_is_saved_without(
     make_trained: Make, tmp_path: Path
 ) -> None:
