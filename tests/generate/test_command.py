@@ -4,11 +4,13 @@ import json
 import sys
 import wave
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from lst.errors import run_command
 from lst.generate import Continuation, Generator, Sampling
@@ -17,11 +19,12 @@ from lst.generate.prompt import prompt_tokens, spans_of
 from lst.generate.requests import stop_ids
 from lst.pretrained import Pretrained, from_pretrained, save_pretrained
 from lst.speech.audio import write_wav
-from lst.speech.sound import sound_of
+from lst.speech.sound import load_voice, sound_of
 from lst.speech.units import LogMelKMeans
 from lst.vocabulary import EOS, TEXT
 
 Run = Callable[..., str]
+Make = Callable[..., Pretrained]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +46,7 @@ def run(
     """``run("--prompt", "Once")``: what the command prints. ``fails=True``: its one line of why."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*options: str, fails: bool = False) -> str:
+    def run(*options: str, fails: bool = False, model: Path = model) -> str:
         monkeypatch.setattr(sys, "argv", ["lst.generate", str(model), *options])
         if not fails:
             run_command(main)
@@ -229,6 +232,70 @@ def test_text_alone_makes_no_sound(run: Run) -> None:
     assert {path.name for path in Path("o").iterdir()} == {"continuation.txt", "units.json"}
 
 
+def test_a_vocoder_speaks_with_the_voice_asked_for(model: Path, run: Run) -> None:
+    from lst.vocoder.config import GeneratorConfig
+    from lst.vocoder.generator import Generator as VocoderGenerator
+    from lst.vocoder.vocoder import save_vocoder
+
+    small = GeneratorConfig(
+        num_embeddings=20,
+        num_speakers=2,
+        embedding_dim=8,
+        upsample_initial_channel=16,
+        upsample_rates=(10, 8, 8),
+        upsample_kernel_sizes=(20, 16, 16),
+        resblock_kernel_sizes=(3,),
+        resblock_dilation_sizes=((1, 3),),
+    )
+    torch.manual_seed(0)
+    weights = VocoderGenerator(small).state_dict()
+    codebook = from_pretrained(model).codebook
+    Path("voice").mkdir()
+    save_vocoder(Path("voice"), small, weights, codebook=codebook, speakers=("ada", "bob"))
+    options = ("--modality", "speech", "--max-tokens", "9", "--voice", "voice")
+    run(*options, "--speaker", "bob", "--out", "o")
+    told = json.loads(Path("o/units.json").read_text())
+    units = np.concatenate([span["units"] for span in told["continuation"]])
+    said = sound_of(units, load_voice("voice"), speaker="bob")
+    np.testing.assert_allclose(read_wav(Path("o/continuation.wav")), said, atol=1 / 32768)
+    run(*options, "--out", "p")
+    assert read_wav(Path("p/continuation.wav")).tobytes() != said.tobytes()
+    assert "eve" in run(*options, "--speaker", "eve", "--out", "q", fails=True)
+
+
+def test_units_that_nothing_here_speaks_are_written_without_sound(
+    make_trained: Make, run: Run
+) -> None:
+    save_pretrained(replace(make_trained(), codebook_file=None), "bare")
+    run("--modality", "speech", "--max-tokens", "9", "--out", "o", model=Path("bare"))
+    assert {path.name for path in Path("o").iterdir()} == {"continuation.txt", "units.json"}
+
+
+@pytest.mark.parametrize("patching", ["none", "speech-bpe"])
+def test_a_token_level_model_is_continued_alike(
+    make_trained: Make, run: Run, tmp_path: Path, patching: str
+) -> None:
+    bpe = patching == "speech-bpe"
+    trained = make_trained(
+        model={"architecture": "token"}, patching={"strategy": patching}, speech_bpe=bpe
+    )
+    pytest.importorskip("soundfile")
+    tone(tmp_path / "a.wav")
+    save_pretrained(trained, "baseline")
+    run(
+        *("--prompt", "a.wav", "--modality", "speech", "--max-tokens", "9", "--out", "o"),
+        model=Path("baseline"),
+    )
+    told = json.loads(Path("o/units.json").read_text())
+    heard = LogMelKMeans.load(trained.codebook_file).encode(read_wav(tmp_path / "a.wav"))
+    assert told["prompt"] == [{"units": heard.tolist()}]
+    assert set(told["patch_lengths"]) == {1}
+    if bpe:
+        options = ("--modality", "speech", "--seconds", "1")
+        said = run(*options, model=Path("baseline"), fails=True)
+        assert "--seconds: expected a model of units, each 40 ms, got one of a speech BPE" in said
+
+
 def requests(path: Path, *lines: Any) -> str:
     texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
     path.write_text("\n".join(texts) + "\n")
@@ -332,6 +399,12 @@ def test_the_codebook_of_another_model(model: Path, run: Run, tmp_path: Path) ->
     assert "other.safetensors: expected the codebook of the model's speech units" in said
     said = run("--prompt", "fox", "--voice", "other.safetensors", "--out", "o", fails=True)
     assert "expected a voice for units of codebook sha256:" in said
+
+
+def test_a_model_of_aligned_patches(make_trained: Make, run: Run) -> None:
+    save_pretrained(make_trained(patching={"strategy": "aligned"}), "aligned")
+    said = run("--prompt", "fox", "--out", "o", model=Path("aligned"), fails=True)
+    assert "expected a model of static patches or of none, got one of aligned patches" in said
 
 
 def test_a_folder_that_is_there_is_not_touched(run: Run, tmp_path: Path) -> None:
