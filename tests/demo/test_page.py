@@ -221,3 +221,18 @@ def test_nobody_but_this_machine_can_come(address):
             if int(at, 16) == port and state == listening:
                 hosts.append(host)
     assert hosts == ["0100007F"]
+
+
+def test_two_readers_at_once_are_both_answered(page, browser, address):
+    other = browser.new_page()
+    other.set_default_timeout(SECONDS)
+    other.goto(address)
+    for each, prompt in ((page, "the red fox"), (other, "far away")):
+        each.locator("#text textarea").fill(prompt)
+        continue_as(each, "text")
+    for each, pieces in ((page, ["red", "fox"]), (other, ["far", "away"])):
+        given = each.locator("#picture .patch.given")
+        given.first.wait_for()
+        said = "".join(given.all_inner_texts())
+        assert [piece for piece in pieces if piece not in said] == []
+    other.close()
