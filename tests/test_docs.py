@@ -16,10 +16,10 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 GALLERY = DOCS / "kernels.md"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
-# Whose blocks go on from one another, or need a model: see test_tutorials.py, and
-# evaluate/test_asr.py
+# Whose blocks go on from one another, or need a model: see test_tutorials.py,
+# evaluate/test_asr.py, evaluate/test_harness.py and vocoder/test_vocoder_page.py
 TUTORIALS = DOCS / "tutorials"
-FOLLOWED = [DOCS / "generation.md", DOCS / "asr-tts.md"]
+FOLLOWED = [DOCS / f"{name}.md" for name in ("asr-tts", "evaluation", "generation", "vocoder")]
 # What the code of a page or module needs beside lst itself.
 NEEDS = {
     DOCS / "blt.md": "transformers.models.blt",
@@ -94,7 +94,7 @@ def test_a_picture_is_what_the_script_draws(name):
 
 
 def test_every_picture_is_drawn_and_shown():
-    files = {path.name for path in (DOCS / "pictures").iterdir()}
+    files = {path.name for path in (DOCS / "pictures").glob("*.svg")}
     assert files == {f"{name}.svg" for name in drawings()}
     assert files == set(re.findall(r"\]\(pictures/([^)]+)\)", GALLERY.read_text()))
 

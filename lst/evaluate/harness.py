@@ -44,7 +44,6 @@ __all__ = ["HarnessModel"]
 Request = tuple[tuple[str, str], list[int], list[int]]
 
 
-@register_model("lst")
 class HarnessModel(TemplateLM):
     """A trained model as lm-eval asks it. Tokens are joint ids.
 
@@ -233,4 +232,9 @@ class HarnessModel(TemplateLM):
 
 
 if __name__ == "__main__":
+    # The harness is to know the class by the name that others import it by, not as __main__'s.
+    from lst.evaluate.harness import HarnessModel as _  # noqa: F401
+
     run_command(cli_evaluate)
+else:
+    register_model("lst")(HarnessModel)

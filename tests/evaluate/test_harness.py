@@ -1,6 +1,7 @@
 """The model that lm-eval asks: the same numbers as ours, from a task file of one's own."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from lm_eval.tasks import TaskManager
 from lst.evaluate.__main__ import main
 from lst.evaluate.harness import HarnessModel
 
+PAGE = Path(__file__).parents[2] / "docs" / "evaluation.md"
 WORDS = ["the", "small", "red", "fox", "went", "over", "hills", "and", "told", "a", "story"]
 TASK = """
 task: riddles
@@ -195,6 +197,11 @@ def test_a_task_file_of_ones_own_scores_as_our_command_does(
     asked = {"model": "lst", "model_args": f"checkpoint={folder}", "device": "cuda:0"}
     found = simple_evaluate(**asked, tasks=["riddles"], batch_size=8, task_manager=tasks)
     theirs = found["results"]["riddles"]
+    (code,) = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.M | re.S)
+    code = code.replace('"runs/demo"', repr(str(folder))).replace('tasks=["hellaswag"]', "**local")
+    names: dict[str, Any] = {"local": {"tasks": ["riddles"], "task_manager": tasks}}
+    exec(code, names)
+    assert names["results"]["results"]["riddles"]["acc,none"] == theirs["acc,none"]
 
     out = tmp_path / "ours.json"
     monkeypatch.setattr(
