@@ -35,6 +35,7 @@ What CUDA, NCCL and the allocator keep for themselves (1 to 3 GB) is not in it.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from math import ceil, prod
 
@@ -92,6 +93,8 @@ def dry_run(config: TrainConfig, gpus: int | None = None) -> str:
         model = build_model(config.model, vocabulary)
     strategy = choose_strategy(config.parallel, num_parameters(model), gpus)
     mix = Mix(patch_size=config.data.patching.size)
+    if config.data.task is not None:  # its documents all have speech
+        mix = replace(mix, text=0.0)
     replicas = num_replicas(config.parallel, gpus) if strategy == "hsdp" else 1
     shared = {"none": "", "hsdp": f", hsdp of {replicas} replicas"}.get(strategy, f", {strategy}")
     sections = (

@@ -17,6 +17,7 @@ from lst.errors import UserError
 from lst.flops import Mix, batch_counts
 from lst.model import LanguageModel, ModelConfig, StackConfig, build_model
 from lst.presets import PRESETS
+from lst.train.__main__ import fine_tuning
 from lst.train.config import OptimizerConfig, ParallelConfig
 from lst.train.dry_run import activation_bytes, dry_run, expected_rows, own_parameters
 from lst.train.optimizer import build_optimizer
@@ -148,6 +149,14 @@ def test_every_preset_can_be_planned(name: str) -> None:
     text = dry_run(PRESETS[name], 1)
     assert text.startswith(f"{name} on 1 GPU, ")
     assert ("hours of speech" in text) == (PRESETS[name].data.patching.strategy != "speech-bpe")
+
+
+def test_documents_of_a_task_all_have_speech() -> None:
+    plan = dry_run(fine_tuning(PRESETS["lst-1b"], "asr"), 32)
+    assert "expected: 0% of the tokens in text alone, 77% of the others speech, in patches" in plan
+    # 524,288 units a step, each 1 / (0.23 + 0.77 / 4) tokens, 77 % of them frames of 40 ms.
+    hours = 524_288 / (0.23 + 0.77 / 4) * 0.77 / 25 / 3600
+    assert f"{hours:,.2f} hours of speech in them" in plan
 
 
 def test_strategies_differ_in_what_a_gpu_holds() -> None:
