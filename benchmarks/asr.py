@@ -30,8 +30,7 @@ from lst.evaluate.error_rate import error_rates, normaliser
 from lst.evaluate.speech_to_text import generator_of, open_records, transcribe
 from lst.files import Location
 from lst.machine import describe_machine, file_stem
-from lst.presets import PRESETS
-from lst.train.__main__ import fine_tuning
+from lst.presets import PRESETS, fine_tuning
 from lst.train.checkpoint import load_trained
 from lst.train.loop import train
 from lst.train.run_folder import CHECKPOINTS

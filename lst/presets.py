@@ -10,6 +10,7 @@ and nine decoder layers, its head sizes (128 and 64) and its learning rate.
 from dataclasses import replace
 from pathlib import Path
 
+from lst.data.interleave import Task
 from lst.data.loader import DataConfig
 from lst.data.patching import PatchingConfig
 from lst.model import ModelConfig, StackConfig
@@ -125,3 +126,18 @@ DESCRIPTIONS: dict[str, str] = {
     "lst-7b": "the paper's 7B size, 25,000 steps of 4 Mi units, curriculum patching",
     "baseline-7b": "the same, token by token",
 }
+
+
+def fine_tuning(config: TrainConfig, task: Task) -> TrainConfig:
+    """A run that learns a task from the corpus's ``speech``; speech in the patches in which the
+    model of ``config`` is evaluated, as what is left of a curriculum."""
+    patching = config.data.patching
+    if patching.strategy in ("curriculum", "mixed"):
+        patching = PatchingConfig(strategy="static", size=patching.size)
+    return replace(
+        config,
+        name=f"{config.name}-{task}",
+        data=replace(config.data, mixture={f"speech:{task}": 1.0}, patching=patching),
+        out=config.out.with_name(f"{config.out.name}-{task}"),
+        evaluate=False,
+    )

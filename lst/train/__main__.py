@@ -17,10 +17,9 @@ from typing import Annotated
 import tyro
 
 from lst.data.interleave import TASKS, Task
-from lst.data.patching import PatchingConfig
 from lst.errors import UserError, run_command
 from lst.model.llama import from_llama
-from lst.presets import DESCRIPTIONS, PRESETS
+from lst.presets import DESCRIPTIONS, PRESETS, fine_tuning
 from lst.train.config import TrainConfig, read_config
 from lst.train.distributed import SharedError, launched_rank
 from lst.train.dry_run import dry_run
@@ -97,21 +96,6 @@ def _first_values(preset: str | None, options: list[str]) -> TrainConfig:
     if init is not None and preset is None:
         base = replace(read_config(Path(init) / CONFIG), warm_start=None)
     return fine_tuning(base, task) if task in TASKS else base
-
-
-def fine_tuning(config: TrainConfig, task: Task) -> TrainConfig:
-    """A run that learns a task from the corpus's ``speech``; speech in the patches in which the
-    model of ``config`` is evaluated, as what is left of a curriculum."""
-    patching = config.data.patching
-    if patching.strategy in ("curriculum", "mixed"):
-        patching = PatchingConfig(strategy="static", size=patching.size)
-    return replace(
-        config,
-        name=f"{config.name}-{task}",
-        data=replace(config.data, mixture={f"speech:{task}": 1.0}, patching=patching),
-        out=config.out.with_name(f"{config.out.name}-{task}"),
-        evaluate=False,
-    )
 
 
 OPTIONS = tyro.constructors.ConstructorRegistry()

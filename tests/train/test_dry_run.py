@@ -16,8 +16,7 @@ from lst.data.packing import Packed
 from lst.errors import UserError
 from lst.flops import Mix, batch_counts
 from lst.model import LanguageModel, ModelConfig, StackConfig, build_model
-from lst.presets import PRESETS
-from lst.train.__main__ import fine_tuning
+from lst.presets import PRESETS, fine_tuning
 from lst.train.config import OptimizerConfig, ParallelConfig
 from lst.train.dry_run import activation_bytes, dry_run, expected_rows, own_parameters
 from lst.train.optimizer import build_optimizer

@@ -18,8 +18,8 @@ from lst.data.patching import PatchingConfig, Static
 from lst.data.records import Dataset, Record, RecordWriter
 from lst.errors import UserError
 from lst.model import StackConfig, build_model
-from lst.presets import PRESETS
-from lst.train.__main__ import fine_tuning, parse
+from lst.presets import PRESETS, fine_tuning
+from lst.train.__main__ import parse
 from lst.train.checkpoint import load_model, newest_checkpoint, read_state
 from lst.train.config import TrainConfig, from_json, to_json
 from lst.train.corpus import open_corpus
