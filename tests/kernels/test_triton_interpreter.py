@@ -55,6 +55,7 @@ def interpreted(request):
         }
 
 
+@pytest.mark.timeout(900)  # each may have to wait for those before it
 @pytest.mark.parametrize("file", INTERPRETED)
 def test_kernels_are_right_in_the_interpreter(file, interpreted):
     expect_passed(interpreted[file].result())
