@@ -350,8 +350,8 @@ def asr_section(result: Result) -> Iterator[str]:
     begin = "From scratch" if asked["from_scratch"] else "From the demo's models"
     yield (
         f"{begin}, {asked['rows']} × {asked['units_per_row']} units a step, learning rate "
-        f"{asked['lr']:g}, on sentences; heard: hours of speech trained on, repetitions counted. "
-        "In brackets 95 % intervals."
+        f"{asked['lr']:g}, on sentences. Heard: hours of speech trained on, repetitions counted; "
+        "TFLOPs: of that training, by lst.flops. In brackets 95 % intervals."
     )
     lines = []
     for run in result.content["runs"]:
@@ -360,13 +360,15 @@ def asr_section(result: Result) -> Iterator[str]:
             lines.append(
                 (
                     run["preset"], point["set"], f"{point['step']:,}",
-                    f"{point['hours_heard']:.1f}",
+                    f"{point['hours_heard']:.1f}", f"{point['training_flops'] / 1e12:.1f}",
                     f"{words['rate']:.1%} ({words['low']:.1%} – {words['high']:.1%})",
                     f"{characters['rate']:.1%}",
                     f"{point['units_per_second_of_speech']:.1f}",
                 )
             )  # fmt: skip
-    header = ("model", "said", "steps", "heard", "WER", "CER", "units per second of speech")
+    header = (
+        "model", "said", "steps", "heard", "TFLOPs", "WER", "CER", "units per second of speech"
+    )  # fmt: skip
     yield markdown(header, lines, left=2)
 
 

@@ -87,7 +87,8 @@ def test_both_arms_are_measured_after_each_step(
     (result,) = report.read_results(path.parent)
     told = "\n".join(report.asr_section(result))
     assert "From scratch, 4 × 256 units a step" in told
-    assert f"| demo | valid/voice | 2 | {last['hours_heard']:.1f} | " in told
+    spent = f"{last['hours_heard']:.1f} | {last['training_flops'] / 1e12:.1f}"
+    assert f"| demo | valid/voice | 2 | {spent} | " in told
 
     # Again: what is trained already is measured alone.
     monkeypatch.setattr(asr, "train", lambda config: pytest.fail("it was trained again"))
