@@ -165,18 +165,21 @@ def _table(analysis: Analysis) -> str:
 
 
 def _text(run: Run, scale: _Scale) -> str:
-    tokens = []
+    """Tokens of a word touch, and a line breaks between words."""
+    words: list[list[str]] = []
     for patch in run.patches:
         (token,) = patch.tokens
-        flag = '<span class="flag">continuation</span>' if token.position == scale.prompt else ""
-        # A blank is a gap, so that the text reads as text; within a word tokens touch.
-        label = token.label.strip(" ") or token.label
-        opens = " opens" if label != token.label or patch.kind == "special" else ""
-        tokens.append(
-            f'{flag}<span class="patch {patch.kind} {scale.side(token)}{opens}" '
+        label = token.label.strip(" ") or token.label  # a blank is a gap
+        if not words or label != token.label or patch.kind == "special":
+            words.append([])
+        if token.position == scale.prompt:
+            words[-1].append('<span class="flag">continuation</span>')
+        words[-1].append(
+            f'<span class="patch {patch.kind} {scale.side(token)}" '
             f'style="{scale.colours(patch)}" data-tip="{_tip(patch)}">{_visible(label)}</span>'
         )
-    return f'<p class="text">{"<wbr>".join(tokens)}</p>'
+    spans = (f'<span class="word">{"".join(word)}</span>' for word in words)
+    return f'<p class="text">{" ".join(spans)}</p>'
 
 
 # --- speech ---------------------------------------------------------------------------------------
