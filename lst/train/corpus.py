@@ -10,6 +10,8 @@ from lst.speech_bpe import read_speech_bpe
 from lst.train.checkpoint import State
 from lst.vocabulary import Tokenizer, Vocabulary, fingerprint
 
+HEADER = 4096  # bytes in which a safetensors file of few tensors has their names
+
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
@@ -49,6 +51,7 @@ def open_corpus(config: DataConfig) -> Corpus:
     if len(codebooks) > 1:
         raise UserError(f"{folder}: expected units of one codebook, got {sorted(codebooks)}")
     codebook = next(iter(codebooks), None)
+    files["codebook"] = codebook or files["codebook"]
     speech_bpe = None
     if config.patching.strategy == "speech-bpe":
         speech_bpe = read_speech_bpe(folder, codebook)
@@ -72,11 +75,13 @@ def open_corpus(config: DataConfig) -> Corpus:
 def made_with(corpus: Location, tokenizer: Tokenizer) -> dict[str, str | None]:
     """Fingerprints of what the corpus is made with, as ``Dataset.open`` and ``read_items`` check
     them."""
-    # The codebook itself says which units these are; a corpus of text alone has none.
+    # A codebook of spectra says which units these are. One of HuBERT does so together with its
+    # model, which is not here; and a corpus of text alone has none.
     codebook = corpus / "codebook.safetensors"
+    of_spectra = codebook.exists() and b'"log_mels"' in codebook.read_bytes()[:HEADER]
     return {
         "tokenizer": tokenizer.fingerprint,
-        "codebook": fingerprint(codebook) if codebook.exists() else None,
+        "codebook": fingerprint(codebook) if of_spectra else None,
     }
 
 

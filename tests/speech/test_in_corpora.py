@@ -3,12 +3,15 @@
 import numpy as np
 import pytest
 
+from lst.data.loader import DataConfig
 from lst.data.records import Dataset
 from lst.errors import UserError
 from lst.prepare.corpus import CorpusConfig, prepare_corpus
 from lst.prepare.units import CodebookConfig, fit_codebook
 from lst.speech.alignment import CTCAligner
 from lst.speech.hubert import HubertKMeans
+from lst.train.corpus import open_corpus
+from lst.vocabulary import train_tokenizer
 
 soundfile = pytest.importorskip("soundfile")
 
@@ -61,3 +64,23 @@ def test_units_of_another_layer_are_another_corpus(tmp_path, folder, save_hubert
     prepare_corpus(CorpusConfig(**config, layer=1))
     with pytest.raises(UserError, match="was begun with another codebook;"):
         prepare_corpus(CorpusConfig(**config, layer=0))
+
+
+def test_a_corpus_of_huberts_units_can_be_trained_on(tmp_path, folder, save_hubert):
+    """Its codebook's file alone does not say which units these are, as one of spectra does."""
+    hubert = str(save_hubert(tmp_path / "hubert"))
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    codebook = corpus / "codebook.safetensors"
+    fit_codebook(CodebookConfig(out=codebook, folder=folder, hubert=hubert, layer=1, codes=7))
+    made = {"folder": folder, "codebook": codebook, "hubert": hubert}
+    prepare_corpus(CorpusConfig(out=corpus / "train" / "speech", layer=1, **made))
+    train_tokenizer(TEXTS.values(), corpus / "tokenizer.model", num_pieces=290)
+    config = DataConfig(corpus=str(corpus), mixture={"speech": 1.0}, rows=1, units_per_sequence=64)
+    found = open_corpus(config)
+    assert found.codebook == HubertKMeans.load(hubert, codebook, layer=1).fingerprint
+    assert found.vocabulary.num_units == 7
+
+    prepare_corpus(CorpusConfig(out=corpus / "valid" / "speech", layer=0, **made))
+    with pytest.raises(UserError, match=r"valid/speech.*codebook"):
+        open_corpus(config)
