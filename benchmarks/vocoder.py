@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--recordings", type=Path, default=Path("runs/recordings"))
     parser.add_argument("--minutes", type=float, default=60, help="of them")
     parser.add_argument("--vocoder", type=Path, default=Path("runs/vocoder"), help="its folder")
-    parser.add_argument("--steps", type=int, default=2000, help="of its training")
+    parser.add_argument("--steps", type=int, default=1500, help="of its training")
     parser.add_argument("--aligner", type=Path, default=Path("runs/aligner"))
     parser.add_argument("--stories", type=int, default=32, help="of each held-out part")
     options = parser.parse_args()
