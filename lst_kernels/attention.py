@@ -247,7 +247,8 @@ def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
 def _check_ranges(q: Tensor, k: Tensor, ranges: KeyRanges) -> None:
     if q.shape[0] != ranges.start.shape[0]:
         raise ValueError(f"q has {q.shape[0]} rows, but ranges has {ranges.num_queries} queries")
-    if k.shape[0] != ranges.query_start.shape[0]:
+    num_keys = ranges.query_start.shape[0] or ranges.num_keys  # `part_ranges` has no transpose
+    if k.shape[0] != num_keys:
         raise ValueError(f"k has {k.shape[0]} rows, but ranges is over {ranges.num_keys} keys")
     if q.device != ranges.start.device:
         raise ValueError(f"ranges is on {ranges.start.device}, but q is on {q.device}")
@@ -306,7 +307,7 @@ _lib.define(
 
 @torch.library.impl(_lib, "range_attention", "CompositeExplicitAutograd")
 def _forward(q: Tensor, k: Tensor, v: Tensor, *plan: Any) -> tuple[Tensor, Tensor]:
-    ranges, scale, backend = _unpack(plan)
+    ranges, scale, backend = _unpack(plan, len(k))
     with torch.autocast(q.device.type, enabled=False):
         return backends.load(backend).range_attention(q, k, v, ranges, scale)
 
@@ -321,7 +322,9 @@ def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *plan: Any) -> tuple[Tensor, 
 def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *plan: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    ranges, scale, backend = _unpack(plan)
+    ranges, scale, backend = _unpack(plan, len(k))
+    if len(ranges.query_start) != len(k):
+        raise RuntimeError("these ranges have no transpose: they are for a forward pass alone")
     with torch.autocast(q.device.type, enabled=False):
         return backends.load(backend).range_attention_backward(
             grad, q, k, v, out, lse, ranges, scale
@@ -335,11 +338,11 @@ def _backward_fake(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _unpack(plan: tuple[Any, ...]) -> tuple[KeyRanges, float, str]:
+def _unpack(plan: tuple[Any, ...], num_keys: int) -> tuple[KeyRanges, float, str]:
     start, stop, query_start, query_stop, query_order, key_order, scale, *rest, name = plan
     num_pairs, max_keys, max_queries, disjoint, slots = rest
     ranges = assemble(
-        start=start, stop=stop, num_keys=query_start.shape[0],
+        start=start, stop=stop, num_keys=num_keys,
         query_start=query_start, query_stop=query_stop,
         query_order=query_order, key_order=key_order,
         num_pairs=num_pairs, max_keys=max_keys, max_queries=max_queries, disjoint=disjoint,

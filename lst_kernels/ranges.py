@@ -206,8 +206,8 @@ def causal_ranges(
 def part_ranges(parts: Tensor, lengths: Tensor, *, num_parts: int, part_size: int) -> KeyRanges:
     """Every query reads the first keys of one part: decoding, where a request's cache is a part.
 
-    For a forward pass alone: the transpose is not made out, so nothing can be differentiated. That
-    makes it cheap, whatever the number of keys.
+    For a forward pass alone: there is no transpose (its tensors are empty), so nothing can be
+    differentiated. That makes it cheap, whatever the number of keys.
 
     Args:
         parts: (Q,) int64 on the CPU, the part that each query reads; never decreases.
@@ -215,7 +215,7 @@ def part_ranges(parts: Tensor, lengths: Tensor, *, num_parts: int, part_size: in
         num_parts, part_size: K is their product.
     """
     start = (parts * part_size).int()
-    none = start.new_zeros(1).expand(num_parts * part_size)
+    none = start[:0]
     alone = bool((parts[1:] > parts[:-1]).all())
     return assemble(
         start=start,
@@ -224,7 +224,7 @@ def part_ranges(parts: Tensor, lengths: Tensor, *, num_parts: int, part_size: in
         query_start=none,
         query_stop=none,
         query_order=torch.arange(-(-len(parts) // BLOCK_ROWS), dtype=torch.int32),
-        key_order=none[:0],
+        key_order=none,
         num_pairs=int(lengths.sum()),
         max_keys=int(lengths.max()),
         max_queries=len(parts),

@@ -220,89 +220,82 @@ class Documents:
         *,
         fresh: bool,
     ) -> Pass:
-        """The plan of a pass, and the state after it.
+        """The plan of a pass; the documents are then as they are after it.
 
         Args:
             ids: of the new tokens.
             lengths, closed_late, goes_on: of the patches that they are in.
-            counts: (B,), how many of these patches are each request's.
+            counts: (B,) how many of these patches are each request's.
         """
-        # tokens of those patches, also the ones that passed the encoder before
-        patch_request = np.arange(len(counts)).repeat(counts)
-        patch = np.arange(len(lengths)).repeat(lengths)
-        request = patch_request[patch]
-        start = lengths.cumsum() - lengths
-        offset = np.arange(len(patch)) - start[patch]
-        is_new = (offset >= self._open[request]) | (_ranks(patch_request)[patch] > 0)
-        is_local = np.ones(len(patch), bool)
-        is_local[is_new] = self._is_local(ids)
-        place = request * self._size + offset  # in the part for open patches
-        row = place + 0
-        new_local = is_new & is_local
-        num_places = len(counts) * self._size
-        row[new_local] = num_places + np.arange(new_local.sum())
-
-        # patches that close
+        view = _view(lengths, counts, self._open, self._is_local(ids), self._size)
         closes = ~goes_on
-        by_encoder = is_local[start][closes]
-        closes_before = closes.cumsum() - closes
-        closed = np.bincount(patch_request[closes], minlength=len(counts))
-        first = closed.cumsum() - closed
-        known = (offset + 1 == lengths[patch]) & ~closed_late[patch]  # its patch ends with it
-        readable = self._patches[request] + closes_before[patch] - first[request] + known
-        closed_request = patch_request[closes]
-        patch_positions = self._patches[closed_request] + _ranks(closed_request)
+        by_encoder = view.is_local[view.start][closes]
+        closing_request = np.arange(len(counts)).repeat(counts)[closes]
+        closed = np.bincount(closing_request, minlength=len(counts))
+        number = closes.cumsum() - closes  # of each patch, among those that close
+        first = closed.cumsum() - closed  # of each request
+        # A patch is readable at its last token if that tells, else from the next token on.
+        told = (view.offset + 1 == lengths[view.patch]) & ~closed_late[view.patch]
+        readable = self._patches[view.request] + (number[view.patch] - first[view.request]) + told
 
-        # the state after this pass
-        local_request = request[new_local]
+        local_request = view.request[view.new_local]
         token_positions = self._tokens[local_request] + _ranks(local_request)
+        patch_positions = self._patches[closing_request] + _ranks(closing_request)
         self._tokens = self._tokens + np.bincount(local_request, minlength=len(counts))
         self._patches = self._patches + closed
         last = counts.cumsum() - 1
         self._open = np.where(goes_on[last], lengths[last], 0)
         self._make_rooms()
 
-        window = self._config.local_window
         local = closing = patches = None
         if len(local_request):
-            goes_on_new = new_local & goes_on[patch]
+            stays_open = view.new_local & goes_on[view.patch]
             local = LocalPass(
-                tokens=torch.from_numpy(ids[is_local[is_new]]).long(),
+                tokens=torch.from_numpy(ids[view.is_local[view.is_new]]).long(),
                 reads=_reads(
-                    local_request, token_positions, self._tokens, self.token_room, window, fresh
+                    local_request,
+                    token_positions,
+                    self._tokens,
+                    room=self.token_room,
+                    window=self._config.local_window,
+                    fresh=fresh,
                 ),
                 patches=self._slots_read(
-                    local_request, readable[new_local], first if fresh else None, closes.sum()
+                    local_request, readable[view.new_local], first if fresh else None, closes.sum()
                 ),
                 open=Kept(
-                    rows=torch.from_numpy(row[goes_on_new] - num_places),
-                    places=torch.from_numpy(place[goes_on_new]),
+                    rows=torch.from_numpy(view.row[stays_open] - view.num_places),
+                    places=torch.from_numpy(view.place[stays_open]),
                 ),
             )
         if by_encoder.any():
-            layout, ranges = _closing_plan(
-                tuple(lengths[closes][by_encoder].tolist()), self._config.slots
-            )
-            rows = torch.from_numpy(row[is_local & closes[patch]])
+            rows = torch.from_numpy(view.row[view.is_local & closes[view.patch]])
+            shape = tuple(lengths[closes][by_encoder].tolist())
+            layout, ranges = _closing_plan(shape, self._config.slots)
             closing = Closing(rows=rows, layout=layout, ranges=ranges)
-        if len(closed_request):
+        if len(closing_request):
             patches = PatchPass(
                 rows=rows_of(torch.from_numpy(by_encoder)),
                 reads=_reads(
-                    closed_request, patch_positions, self._patches, self.patch_room, None, fresh
+                    closing_request,
+                    patch_positions,
+                    self._patches,
+                    room=self.patch_room,
+                    window=None,
+                    fresh=fresh,
                 ),
-                cross=self._kept_slots(closed_request, patch_positions),
+                cross=self._kept_slots(closing_request, patch_positions),
             )
-        final = np.append(np.flatnonzero(np.diff(request)), len(request) - 1)
-        final_local = is_local[final]
+        final = np.append(np.flatnonzero(np.diff(view.request)), len(view.request) - 1)
+        is_local = view.is_local[final]
         return Pass(
             local=local,
             closing=closing,
-            direct=torch.from_numpy(ids[~is_local[is_new]]).long(),
+            direct=torch.from_numpy(ids[~view.is_local[view.is_new]]).long(),
             patches=patches,
-            last_tokens=torch.from_numpy(row[final[final_local]] - num_places),
-            last_patches=torch.from_numpy(closes_before[patch[final[~final_local]]]),
-            order=rows_of(torch.from_numpy(final_local)),
+            last_tokens=torch.from_numpy(view.row[final[is_local]] - view.num_places),
+            last_patches=torch.from_numpy(number[view.patch[final[~is_local]]]),
+            order=rows_of(torch.from_numpy(is_local)),
         )
 
     def _is_local(self, ids: np.ndarray) -> np.ndarray:
@@ -348,10 +341,49 @@ class Documents:
         return Kept(rows=each, places=_times(kept.places, slots))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _View:
+    """The tokens of the patches that new tokens are in, those that were there before too."""
+
+    start: np.ndarray  # of each patch, its first token here
+    patch: np.ndarray  # of each token, as all that follows
+    request: np.ndarray
+    offset: np.ndarray  # in its patch
+    is_new: np.ndarray
+    is_local: np.ndarray  # whether it passes the encoder
+    place: np.ndarray  # in what is kept of open patches
+    row: np.ndarray  # in [what is kept of open patches; new tokens that pass the encoder]
+    num_places: int
+
+    @property
+    def new_local(self) -> np.ndarray:
+        return self.is_new & self.is_local
+
+
+def _view(
+    lengths: np.ndarray, counts: np.ndarray, open_: np.ndarray, is_local_new: np.ndarray, size: int
+) -> _View:
+    """Of patches (P,), ``counts`` (B,) of each request, the first of which had ``open_`` tokens."""
+    patch = np.arange(len(lengths)).repeat(lengths)
+    patch_request = np.arange(len(counts)).repeat(counts)
+    request = patch_request[patch]
+    start = lengths.cumsum() - lengths
+    offset = np.arange(len(patch)) - start[patch]
+    is_new = (offset >= open_[request]) | (_ranks(patch_request)[patch] > 0)
+    is_local = np.ones(len(patch), bool)
+    is_local[is_new] = is_local_new
+    place = request * size + offset
+    num_places = len(counts) * size
+    row = place.copy()
+    row[is_new & is_local] = num_places + np.arange(is_local_new.sum())
+    return _View(start, patch, request, offset, is_new, is_local, place, row, num_places)
+
+
 def _reads(
     request: np.ndarray,
     positions: np.ndarray,
     ends: np.ndarray,
+    *,
     room: int,
     window: int | None,
     fresh: bool,

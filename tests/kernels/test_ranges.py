@@ -258,6 +258,8 @@ def test_the_ranges_of_parts_read_their_first_keys(parts):
     assert ranges.slots == (0 if parts == [0, 0, 1, 3] else 1)
     q, k, v = (torch.randn(n, 2, 8) for n in (len(parts), 20, 20))
     torch.testing.assert_close(range_attention(q, k, v, ranges), range_attention(q, k, v, expected))
+    with pytest.raises(RuntimeError, match="for a forward pass alone"):
+        range_attention(q.requires_grad_(), k, v, ranges).sum().backward()
 
 
 def ranges_of(start, stop, num_keys=4):
