@@ -59,6 +59,8 @@ def stop_at(step: int, monkeypatch: pytest.MonkeyPatch, action: Callable[[], Non
 
 
 def test_a_run_writes_what_it_promises(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("tensorboard")
     config = tiny()
     train(config)
     out = config.out

@@ -83,6 +83,7 @@ def test_lines_after_the_checkpoint_and_a_torn_one_are_dropped(tmp_path: Path) -
 
 
 def test_losses_are_drawn_also_where_a_modality_is_missing(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     lines = [
         {"step": step, "split": split, "loss_text": 3.0 / step, "loss_speech": None}
         for step in (1, 2)
@@ -174,6 +175,7 @@ def files_of_at_most(size: int) -> Iterator[None]:
 def test_a_full_disk_keeps_lines_waiting_and_says_so_once(
     tiny: Tiny, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    pytest.importorskip("tensorboard")
     config = tiny(steps=9, log_every=1)
     config.out.mkdir()
     log = MetricsLog(
