@@ -7,7 +7,7 @@
 The model is the small offline configuration of the tests, widened to 256 local and 512 global
 features: one encoder layer, two global and three decoder layers, two slots, patches of 4 bytes in
 the mean, float32. Forward and backward, against both of transformers' attention implementations, on
-weights that are the same. Logits and gradients are compared first, at every length.
+weights that are the same. Logits and gradients are compared first, at every length with sdpa.
 
     pytest benchmarks/test_blt_cpu.py --benchmark-only
 """
@@ -97,14 +97,15 @@ def test_training_against_transformers(race, length: int):
     apply_lst_kernels_to_blt(patched)
     ours = differentiate(patched, length)
     for attention, model in models.items():
-        assert agree(ours, differentiate(model, length)), attention
+        if (attention, length) != ("eager", 8192):  # the same sums as sdpa's, for many seconds
+            assert agree(ours, differentiate(model, length)), attention
     race(
         f"BLT, {length:,} bytes: forward + backward",
         lambda: differentiate(patched, length),
         {name: lambda model=model: differentiate(model, length) for name, model in models.items()},
         floors=FLOORS[length],
         rounds=3 if length < 8192 else 2,
-        slow_rounds={1024: None, 4096: 2, 8192: 1}[length],
+        slow_rounds=None if length < 4096 else 1,
         facts={"length": length},
     )
 

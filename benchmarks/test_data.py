@@ -34,7 +34,7 @@ from lst.vocabulary import Tokenizer, Vocabulary, train_tokenizer
 NUM_UNITS = 501
 STORIES, STORIES_PER_TEXT = 12_000, 16
 FLOOR = 1e6  # tokens a second
-ROUNDS, BATCHES_PER_ROUND = 15, 5
+ROUNDS, BATCHES_PER_ROUND = 9, 5
 STEPS = 1000  # of the run, whose curriculum is in its middle third
 
 MIXTURES = {

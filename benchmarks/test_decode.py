@@ -60,7 +60,7 @@ QUARTER = Size(
 )
 UNITS_PER_SECOND = 25
 PROMPT_SECONDS = 4
-ROUNDS = 3
+ROUNDS = 2
 BASELINE = "token-level"
 PATCHED = ("static 4, text local", "static 4, text global")
 # How many times cheaper a second of speech must be with text="global" on a GPU.

@@ -46,7 +46,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 ARM = ARMS["static 4, text global"]
-ROUNDS = 5
+ROUNDS = 3
 
 PARTS = ("embedding", "speech_embedding", "encoder", "global_transformer", "decoder")
 HEADS = "heads and losses"

@@ -48,7 +48,7 @@ CONTENT = {"the paper's mix": MIX, "speech only": SPEECH_ONLY, "text only": TEXT
 # The most that static patches with text="global" may cost beside the baseline: FLOPs, time.
 CEILINGS = {"the paper's mix": (0.87, 0.95), "speech only": (0.45, 0.55)}
 JUDGED = "static 4, text global"
-ROUNDS = 5
+ROUNDS = 3
 
 SHARES_OF_SPEECH = (0.0, 1 / 3, 2 / 3, 1.0)
 PATCH_SIZES = (2, 4, 8)
@@ -225,7 +225,7 @@ def test_training_at_the_same_content(add_row, take_turns, size: Size, content: 
         passes,
         "train",
         ceilings={JUDGED: most_time} if most_time is not None and size is REDUCED else {},
-        rounds=ROUNDS if most_time is not None else 3,
+        rounds=ROUNDS if most_time is not None else 2,
         facts={name: {"content": content, "same": "content"} for name in passes},
     )
 
@@ -239,7 +239,7 @@ def test_forward_at_the_same_content(add_row, take_turns, size: Size, content: s
         f"{size.name}, {content}, same content: forward",
         passes_over(size, content_of(size, content), arms_for(content)),
         "forward",
-        rounds=3,
+        rounds=2,
         facts={arm: {"content": content, "same": "content"} for arm in ARMS},
     )
 
@@ -258,7 +258,7 @@ def test_training_at_the_same_units(add_row, take_turns, size: Size):
         f"{size.name}, {content}, same units: forward + backward",
         passes,
         "train",
-        rounds=3,
+        rounds=2,
         facts={name: {"content": content, "same": "units"} for name in passes},
     )
 
