@@ -129,7 +129,8 @@ def pool_share(
     patch, within, feature = _tile(FEATURE_BLOCKS, ROWS, BLOCK_F)
     first, end = tl.load(start + patch), tl.load(stop + patch)
     row = patch.to(tl.int64)
-    some = (feature < F) & (first < end)
+    # one comparison of blocks: Triton 3.9's interpreter makes no mask of a block and a scalar
+    some = feature < tl.where(first < end, F, 0)
     share = tl.load(grad + row * grad_row + feature, mask=some, other=0.0)
     if REDUCE == "mean":
         share = share.to(tl.float32) / tl.maximum(end - first, 1).to(tl.float32)

@@ -127,7 +127,8 @@ def scan_rows(
 ):  # fmt: skip
     """The state after each row; backward, also this block's part of each decay's gradient."""
     chunk, first, last, feature = _tile(num_rows, FEATURE_BLOCKS, ROWS, BLOCK_F)
-    has_carry = (chunk > 0) & (feature < F)
+    # one comparison of blocks: Triton 3.9's interpreter makes no mask of a block and a scalar
+    has_carry = feature < tl.where(chunk > 0, F, 0)
     state = tl.load(carries + chunk * carry_row + feature, mask=has_carry, other=0.0)
     part = parts + (tl.program_id(0) % FEATURE_BLOCKS).to(tl.int64) * part_row if REVERSE else parts
     for i in range(first, last):
@@ -137,7 +138,7 @@ def scan_rows(
         state = _step(gate, state, value)
         tl.store(out + row * F + feature, state.to(out.dtype.element_ty), mask=feature < F)
         if REVERSE:
-            inside = (row > 0) & (feature < F)
+            inside = feature < tl.where(row > 0, F, 0)
             before = tl.load(y + (row - 1) * y_row + feature, mask=inside, other=0.0)
             tl.store(part + row, tl.sum(state * before.to(tl.float32), 0))
 
