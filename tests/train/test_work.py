@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,20 +17,13 @@ pytestmark = pytest.mark.skipif(work_so_far() is None, reason="the system does n
 
 
 def difference(act: Callable[[], None]) -> Work:
-    """What ``act`` adds, seen by another thread, as the watchdog is one."""
-    seen: list[Work] = []
-
-    def look() -> None:
-        work = work_so_far()
-        assert work is not None
-        seen.append(work)
-
-    for then in (act, lambda: None):
-        thread = threading.Thread(target=look)
-        thread.start()
-        thread.join()
-        then()
-    before, after = seen
+    """What ``act`` adds, seen by another thread, the same before and after, as the watchdog is."""
+    with ThreadPoolExecutor(1) as watchdog:
+        before = watchdog.submit(work_so_far).result()
+        act()
+        after = watchdog.submit(work_so_far).result()
+    assert before is not None
+    assert after is not None
     return Work(
         seconds=after.seconds - before.seconds,
         children=after.children - before.children,
