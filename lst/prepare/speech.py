@@ -3,8 +3,8 @@
     audio → 16 kHz → units                     25 a second
     words of the manifest, or of the aligner → frames, each end to the nearest, disjoint
 
-Longer audio is read and encoded in stretches of ten minutes, each with ten seconds of context to
-either side, so that hours of it are never in memory. The aligner takes up to an hour at once.
+Longer audio is read and encoded in stretches (:func:`lst.speech.units.in_stretches`), so that hours
+of it are never in memory. The aligner takes up to an hour at once.
 """
 
 from collections.abc import Sequence
@@ -20,15 +20,13 @@ from lst.prepare.outcomes import Outcome, Skipped
 from lst.prepare.sources import Utterance
 from lst.speech.audio import AudioError, AudioReader, sample_range
 from lst.speech.synthesis import SAMPLE_RATE
-from lst.speech.units import FRAME_SAMPLES, UnitEncoder
+from lst.speech.units import UnitEncoder, in_stretches
 
 if TYPE_CHECKING:
     from lst.speech.alignment import CTCAligner
 
 __all__ = ["Studio", "encode_audio", "frame_spans", "open_audio", "written_words"]
 
-STRETCH = 600 * SAMPLE_RATE  # a whole number of frames, as is the context
-CONTEXT = 10 * SAMPLE_RATE
 ALIGNED = 3600 * SAMPLE_RATE
 OUTSIDE = 0.1  # seconds by which a word may leave its utterance; more is another utterance's time
 
@@ -90,14 +88,9 @@ def open_audio(utterance: Utterance) -> AudioReader:
 
 def encode_audio(encoder: UnitEncoder, audio: AudioReader, start: int, stop: int) -> np.ndarray:
     """Samples [start, stop) at 16 kHz → (⌈(stop − start) / 640⌉,) int16 units."""
-    parts = []
-    for begin in range(start, stop, STRETCH):
-        end = min(begin + STRETCH, stop)
-        first, last = max(start, begin - CONTEXT), min(stop, end + CONTEXT)
-        units = encoder.encode(audio.read(first, last))
-        before = (begin - first) // FRAME_SAMPLES
-        parts.append(units[before : before + -(-(end - begin) // FRAME_SAMPLES)])
-    return np.concatenate(parts)
+    return in_stretches(
+        encoder.encode, lambda first, last: audio.read(start + first, start + last), stop - start
+    )
 
 
 def frame_spans(times: Sequence[tuple[float, float]], num_frames: int) -> list[tuple[int, int]]:

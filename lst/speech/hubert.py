@@ -18,19 +18,20 @@ from torch import Tensor
 from lst.data.records import FRAMES_PER_SECOND
 from lst.errors import UserError
 from lst.speech.synthesis import SAMPLE_RATE
+from lst.speech.units import CONTEXT, STRETCH, in_stretches
 from lst.speech.wav2vec2 import FrameModel, load_pretrained
 
 __all__ = ["HubertKMeans", "read_centroids"]
 
 MAX_UNITS = 32_768  # of int16
-ONE_PASS_SECONDS = 660  # more than preparation reads at once
+ONE_PASS_SECONDS = (STRETCH + 2 * CONTEXT) // SAMPLE_RATE
 
 
 class HubertKMeans:
     """A :class:`lst.speech.units.UnitEncoder` of a HuBERT model and a k-means file.
 
-    Up to eleven minutes a waveform is one pass of the model; :mod:`lst.speech.wav2vec2` says what
-    holds for longer ones.
+    Up to ten minutes a waveform is one pass of the model; a longer one is cut into passes of that
+    length, which overlap, as :func:`lst.speech.units.in_stretches` says.
 
     Attributes:
         centroids: (num_units, D) float32.
@@ -131,7 +132,11 @@ class HubertKMeans:
 
     def encode(self, waveform: np.ndarray) -> np.ndarray:
         """(n,) float at 16 kHz → (F,) int16 in [0, num_units), F = ⌈n / 640⌉."""
-        return _nearest(self._model.states([waveform])[0], self.centroids)
+        return in_stretches(
+            lambda part: _nearest(self._model.states([part])[0], self.centroids),
+            lambda start, stop: waveform[start:stop],
+            len(waveform),
+        )
 
 
 def _open(name: str, layer: int) -> FrameModel:

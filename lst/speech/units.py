@@ -9,7 +9,8 @@ A frame's features are two cepstra, of Hann windows of 512 samples at a quarter 
 quarters of the frame: 40 mel bands, natural log, DCT-II, the first 13 coefficients, the first of
 them (loudness) halved. What tells voices rather than sounds apart is taken out of the log-mels
 before: everything 9 nats below the loud parts is raised to that level, and the utterance's mean is
-subtracted. The codes are the centroids of k-means.
+subtracted (of more than ten minutes, each stretch's: :func:`in_stretches`). The codes are the
+centroids of k-means.
 
 Codes are the same on every run and for every number of threads. Features are rounded to
 multiples of 1/64 and so are centroids, which makes a distance a sum of integers that float64 holds
@@ -18,7 +19,7 @@ exactly, whatever the order in which a matrix product adds them.
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -35,6 +36,7 @@ __all__ = [
     "LogMelKMeans",
     "UnitEncoder",
     "UnitsConfig",
+    "in_stretches",
     "load_units",
     "log_mels",
     "mel_bands",
@@ -42,6 +44,8 @@ __all__ = [
 ]
 
 FRAME_SAMPLES = SAMPLE_RATE // FRAMES_PER_SECOND
+STRETCH = 600 * SAMPLE_RATE  # a whole number of frames, as is the context
+CONTEXT = 10 * SAMPLE_RATE
 WINDOWS_PER_FRAME = 2
 WINDOW_SAMPLES = 512
 WINDOWS_AT_ONCE = 4096  # 82 s, so that an hour needs no more memory for its spectra
@@ -72,7 +76,10 @@ class UnitEncoder(Protocol):
         """(num_units, D) array or tensor: where units are near each other, they sound alike."""
 
     def encode(self, waveform: np.ndarray) -> np.ndarray:
-        """(n,) float at 16 kHz → (F,) int16 in [0, num_units), F = ⌈n / 640⌉."""
+        """(n,) float at 16 kHz → (F,) int16 in [0, num_units), F = ⌈n / 640⌉.
+
+        Of more than ten minutes, the units of :func:`in_stretches`.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +114,34 @@ def load_units(config: UnitsConfig) -> UnitEncoder:
         allow_pickle=config.allow_pickle,
         device=config.device,
     )
+
+
+def in_stretches(
+    encode: Callable[[np.ndarray], np.ndarray],
+    read: Callable[[int, int], np.ndarray],
+    num_samples: int,
+) -> np.ndarray:
+    """Units of audio of any length, whether it is in memory or read bit by bit.
+
+    Up to 620 s are one pass of the encoder. Longer audio is cut every ten minutes, and what is
+    encoded at once are ten minutes and ten seconds more to either side, as far as there are any.
+    So hours of it take the memory of ten minutes, and the time that is theirs.
+
+    Args:
+        encode: (n,) float at 16 kHz → (⌈n / 640⌉,) units, of up to 620 s.
+        read: gives samples [start, stop).
+        num_samples: of the audio.
+    """
+    if num_samples <= STRETCH + 2 * CONTEXT:
+        return encode(read(0, num_samples))
+    parts = []
+    for begin in range(0, num_samples, STRETCH):
+        end = min(begin + STRETCH, num_samples)
+        first, last = max(0, begin - CONTEXT), min(num_samples, end + CONTEXT)
+        before = (begin - first) // FRAME_SAMPLES
+        units = encode(read(first, last))
+        parts.append(units[before : before + -(-(end - begin) // FRAME_SAMPLES)])
+    return np.concatenate(parts)
 
 
 def word_frames(words: Sequence[Timed], num_frames: int) -> tuple[Word, ...]:
@@ -153,7 +188,11 @@ class LogMelKMeans:
 
     def encode(self, waveform: np.ndarray) -> np.ndarray:
         """(n,) float at 16 kHz → (F,) int16 in [0, num_units), F = ⌈n / 640⌉."""
-        return self._nearest(_features(log_mels(waveform)))
+        return in_stretches(
+            lambda part: self._nearest(_features(log_mels(part))),
+            lambda start, stop: waveform[start:stop],
+            len(waveform),
+        )
 
     @classmethod
     def fit(

@@ -10,11 +10,11 @@ What is the same as one pass over the whole waveform, but for rounding:
 
 - the convolutions, at any length. The group norm of the models that have one averages over the
   whole utterance; its mean and variance are found beforehand, piece by piece.
-- the transformer, up to one window: 60 s, where nothing else is asked for. A longer waveform is cut
-  into windows, of which all but 10 s at either end are kept, so that every frame sees 10 s on
-  either side (or the waveform's end). Attention reaches further than that, so no window can be
-  exact; where the layers reach less far, as in layer 0, it is. Windows depend on the waveform
-  alone: the same one gives the same frames.
+- the transformer, up to one window: 60 s, where nothing else is asked for (HuBERT's units ask for
+  620). A longer waveform is cut into windows, of which all but 10 s at either end are kept, so that
+  every frame sees 10 s on either side (or the waveform's end). Attention reaches further than that,
+  so no window can be exact; where the layers reach less far, as in layer 0, it is. Windows depend
+  on the waveform alone: the same one gives the same frames.
 
 Memory is linear in the window. The time of attention is quadratic in it.
 """

@@ -15,11 +15,12 @@ import pytest
 
 from lst.data.records import Dataset
 from lst.errors import UserError
-from lst.prepare import corpus, speech
+from lst.prepare import corpus
 from lst.prepare.corpus import CorpusConfig, describe_corpus, plan_corpus, prepare_corpus
 from lst.prepare.executors import ExecutorConfig, make_executor
 from lst.prepare.sources import Utterance
 from lst.prepare.speech import Studio
+from lst.speech import units
 
 soundfile = pytest.importorskip("soundfile")
 
@@ -323,8 +324,8 @@ def test_long_audio_is_encoded_in_stretches_as_if_at_once(tmp_path, monkeypatch,
     path = tmp_path / "long.wav"
     samples = np.random.default_rng(0).uniform(-0.5, 0.5, num_samples).astype(np.float32)
     soundfile.write(path, samples, 16_000, subtype="FLOAT")
-    monkeypatch.setattr(speech, "STRETCH", 640 * 10)
-    monkeypatch.setattr(speech, "CONTEXT", 640 * 3)
+    monkeypatch.setattr(units, "STRETCH", 640 * 10)
+    monkeypatch.setattr(units, "CONTEXT", 640 * 3)
     utterance = Utterance(id="a", where="a", audio=str(path), text="hi", start=0.08)
     record = studio().prepare(utterance)
     np.testing.assert_array_equal(record.units, FrameByFrame().encode(samples[1280:]))

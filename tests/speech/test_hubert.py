@@ -8,14 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from safetensors.numpy import load_file, save_file
 
 from lst.errors import UserError
-from lst.prepare.speech import CONTEXT, STRETCH
+from lst.prepare.speech import encode_audio
 from lst.speech import hubert, units, wav2vec2
+from lst.speech.audio import AudioReader
 from lst.speech.hubert import HubertKMeans, read_centroids
-from lst.speech.units import UnitsConfig, load_units
+from lst.speech.units import CONTEXT, STRETCH, UnitsConfig, load_units
 
 RATE = 16_000
 LARGE = {"do_stable_layer_norm": True, "feat_extract_norm": "layer", "conv_bias": True}
@@ -135,6 +137,30 @@ def test_what_preparation_reads_at_once_is_one_pass(tmp_path: Path, save_hubert)
     (states,) = found._model.states([waveform])
     np.testing.assert_allclose(states.numpy(), expected, atol=1e-4)
     assert np.mean(found.encode(waveform) == nearest(expected, centroids)) > 0.9995  # ties
+
+
+@pytest.mark.parametrize("kind", ["hubert", "log-mel"])
+@pytest.mark.parametrize("seconds", [6, 6.03, 11.99, 12.5])
+def test_units_are_the_same_read_bit_by_bit_and_at_once(
+    tmp_path: Path, save_hubert, monkeypatch: pytest.MonkeyPatch, kind: str, seconds: float
+) -> None:
+    """Whoever encodes a recording, of whatever length, gets the units of its preparation."""
+    monkeypatch.setattr(units, "STRETCH", 4 * RATE)
+    monkeypatch.setattr(units, "CONTEXT", 1 * RATE)
+    waveform = noise(seconds + 2)
+    soundfile.write(tmp_path / "long.wav", waveform, RATE, subtype="FLOAT")
+    audio = AudioReader.open(str(tmp_path / "long.wav"), None)
+    made: units.UnitEncoder
+    if kind == "hubert":
+        folder = save_hubert(tmp_path)
+        made = encoder(folder, centroids_near(one_pass(folder, waveform, 2)), 2)
+    else:
+        made = units.LogMelKMeans.fit([waveform], num_units=NUM_UNITS)
+    start = 640  # as an utterance in a recording does
+    at_once = made.encode(waveform[start : start + round(seconds * RATE)])
+    bit_by_bit = encode_audio(made, audio, start, start + round(seconds * RATE))
+    assert len(np.unique(at_once)) > NUM_UNITS / 4
+    np.testing.assert_array_equal(bit_by_bit, at_once)
 
 
 def test_log_mel_windows_are_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
