@@ -125,7 +125,7 @@ def test_what_each_switch_brings(race):
         {name: lambda model=model: differentiate(model, length) for name, model in without.items()},
         floors={},
         rounds=2,
-        slow_rounds=2,
+        slow_rounds=1,
     )
 
 

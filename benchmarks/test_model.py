@@ -48,7 +48,7 @@ CONTENT = {"the paper's mix": MIX, "speech only": SPEECH_ONLY, "text only": TEXT
 # The most that static patches with text="global" may cost beside the baseline: FLOPs, time.
 CEILINGS = {"the paper's mix": (0.87, 0.95), "speech only": (0.45, 0.55)}
 JUDGED = "static 4, text global"
-ROUNDS = 3
+ROUNDS = 2
 
 SHARES_OF_SPEECH = (0.0, 1 / 3, 2 / 3, 1.0)
 PATCH_SIZES = (2, 4, 8)
@@ -167,12 +167,11 @@ def compare(
     what: str,
     *,
     ceilings: Mapping[str, float] | None = None,
-    rounds: int = ROUNDS,
     facts: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """A row of every model beside the first. At different content, rates are what to compare."""
     calls = {name: getattr(each, what) for name, each in passes.items()}
-    times = take_turns(calls, rounds, slow_rounds=rounds)
+    times = take_turns(calls, ROUNDS, slow_rounds=ROUNDS)
     (first, base), *_ = passes.items()
     if not times[first]:
         return
@@ -225,7 +224,6 @@ def test_training_at_the_same_content(add_row, take_turns, size: Size, content: 
         passes,
         "train",
         ceilings={JUDGED: most_time} if most_time is not None and size is REDUCED else {},
-        rounds=ROUNDS if most_time is not None else 2,
         facts={name: {"content": content, "same": "content"} for name in passes},
     )
 
@@ -239,7 +237,6 @@ def test_forward_at_the_same_content(add_row, take_turns, size: Size, content: s
         f"{size.name}, {content}, same content: forward",
         passes_over(size, content_of(size, content), arms_for(content)),
         "forward",
-        rounds=2,
         facts={arm: {"content": content, "same": "content"} for arm in ARMS},
     )
 
@@ -258,7 +255,6 @@ def test_training_at_the_same_units(add_row, take_turns, size: Size):
         f"{size.name}, {content}, same units: forward + backward",
         passes,
         "train",
-        rounds=2,
         facts={name: {"content": content, "same": "units"} for name in passes},
     )
 
@@ -284,7 +280,6 @@ def test_throughput_against_share_of_speech_and_patch_size(
         f"{size.name}, {share:.0%} speech: forward + backward",
         passes_over(size, drawn, list(arms.values())),
         "train",
-        rounds=2,
         facts={name: {"sweep": True, "speech_share": share, **own} for name, own in facts.items()},
     )
 
