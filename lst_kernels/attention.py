@@ -186,6 +186,7 @@ def _attend_causally(
             cu, num_rows=len(q), window=window, max_length=max_length, num_live=len(q)
         )
     _check_ranges(q, k, ranges)
+    _check_window(ranges, window)
     return _attend(q, k, v, ranges, scale, chosen)[0]
 
 
@@ -226,6 +227,8 @@ def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
         ("k", k, "(K, Hkv, D)"),
         ("v", v, "(K, Hkv, D)"),
     ):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor of shape {shape}; got {type(x).__name__}")
         if x.ndim != 3:
             raise ValueError(f"{name} must be {shape}; got shape {tuple(x.shape)}")
         if x.dtype not in DTYPES:
@@ -241,10 +244,18 @@ def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
     if not 1 <= q.shape[2] <= MAX_HEAD_DIM:
         raise ValueError(f"q has head size {q.shape[2]}; expected 1 to {MAX_HEAD_DIM}")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"k has {k.shape[1]} heads, which does not divide q's {q.shape[1]}")
+        raise ValueError(
+            f"k has {k.shape[1]} heads, which does not divide q's {q.shape[1]}; expected tensors of "
+            f"(rows, heads, head size), got q {tuple(q.shape)} and k {tuple(k.shape)}"
+        )
 
 
 def _check_ranges(q: Tensor, k: Tensor, ranges: KeyRanges) -> None:
+    if not isinstance(ranges, KeyRanges):
+        raise TypeError(
+            "ranges must be KeyRanges, as the methods of a PatchLayout make; got "
+            f"{type(ranges).__name__}"
+        )
     if q.shape[0] != ranges.start.shape[0]:
         raise ValueError(f"q has {q.shape[0]} rows, but ranges has {ranges.num_queries} queries")
     num_keys = ranges.query_start.shape[0] or ranges.num_keys  # `part_ranges` has no transpose
@@ -257,12 +268,22 @@ def _check_ranges(q: Tensor, k: Tensor, ranges: KeyRanges) -> None:
 def _check_causal(q: Tensor, k: Tensor, cu: Tensor, cu_name: str) -> None:
     if q.shape[0] != k.shape[0]:
         raise ValueError(f"k has {k.shape[0]} rows, but q has {q.shape[0]}")
+    if not isinstance(cu, Tensor):
+        raise TypeError(f"{cu_name} must be (N+1,) int32 offsets; got {type(cu).__name__}")
     if cu.ndim != 1 or cu.dtype != torch.int32 or cu.shape[0] == 0:
         raise TypeError(
             f"{cu_name} must be (N+1,) int32 offsets; got {cu.dtype} of shape {tuple(cu.shape)}"
         )
     if cu.device != q.device:
         raise ValueError(f"{cu_name} is on {cu.device}, but q is on {q.device}")
+
+
+def _check_window(ranges: KeyRanges, window: int | None) -> None:
+    """On the CPU alone, where the host values of ranges are exact."""
+    if torch.compiler.is_compiling() or ranges.start.device.type != "cpu" or window is None:
+        return
+    if ranges.max_keys > window:
+        raise ValueError(f"window is {window}, but a query of ranges reads {ranges.max_keys} keys")
 
 
 def _check_offsets(cu: Tensor, cu_name: str, num_rows: int, max_length: int) -> None:

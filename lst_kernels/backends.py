@@ -84,12 +84,13 @@ def explain(op: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> dict[str
         ``"used"``, or the reason against them.
 
     Raises:
-        ValueError: there is no op of that name.
+        ValueError: there is no op, or no backend, of that name.
     """
     name = op if isinstance(op, str) else op.__name__
     if name not in _describe:
         raise ValueError(f"op must be one of {', '.join(_describe)}; got {name!r}")
     asked = kwargs.pop("backend", "auto")
+    _check_name(asked)
     call = _describe[name](*args, **kwargs)
     try:
         chosen = choose(call, asked)
@@ -135,12 +136,16 @@ def choose(call: Call, asked: str) -> str:
     raise AssertionError("the reference refuses nothing")
 
 
-@torch.compiler.assume_constant_result
 def choose_traced(
     asked: str, op: str, device: str, dtype: torch.dtype, head_dim: int | None, reduce: str | None
 ) -> str:
     """`choose` for traced code, where it becomes a constant."""
     return choose(Call(op, device, dtype, head_dim, reduce), asked)
+
+
+# All that torch.compiler.assume_constant_result does, but for an import of the whole compiler, which
+# takes as long as that of torch: those who compile nothing need not wait for it.
+choose_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def load(name: str) -> Any:

@@ -192,7 +192,7 @@ class PatchLayout:
         starts: Tensor,
         *,
         max_patches: int,
-        cu_tokens: Tensor | None = None,
+        cu_tokens: Integers | None = None,
         closed_late: bool = False,
     ) -> "PatchLayout":
         """A layout from a mark at the first token of each patch, made on any device without
@@ -209,6 +209,8 @@ class PatchLayout:
             closed_late: whether the end of every patch shows only at the token after it, as when
                 the boundary before a token is decided from that token.
         """
+        if not isinstance(starts, Tensor):
+            raise TypeError(f"starts must be a (T,) bool tensor; got {type(starts).__name__}")
         if starts.dtype != torch.bool or starts.ndim != 1:
             raise TypeError(
                 f"starts must be a (T,) bool tensor; got {starts.dtype} of shape "
@@ -216,11 +218,13 @@ class PatchLayout:
             )
         num_tokens, device = starts.shape[0], starts.device
         if cu_tokens is None:
-            cu_tokens = torch.tensor([0, num_tokens], device=device)
-        elif _checked(starts):
-            _check_offsets(cu_tokens, num_tokens)
+            cu = torch.tensor([0, num_tokens], device=device)
+        else:
+            cu = _integers(cu_tokens, "cu_tokens")
+            if _checked(starts):
+                _check_offsets(cu, num_tokens)
         marks = torch.cat((starts, starts.new_zeros(1)))  # (T+1,), for documents that start at T
-        marks[cu_tokens[:-1].long()] = True
+        marks[cu[:-1]] = True
         patches_before = torch.cumsum(marks, 0) - marks.long()  # (T+1,)
         if _checked(starts) and patches_before[-1] > max_patches:
             raise ValueError(
@@ -228,7 +232,7 @@ class PatchLayout:
             )
         ids = (patches_before[:-1] + marks[:-1].long() - 1).clamp(max=max_patches - 1)
         cu_patches = torch.searchsorted(ids, torch.arange(max_patches + 1, device=device))
-        cu_documents = patches_before[cu_tokens.long()].clamp(max=max_patches)
+        cu_documents = patches_before[cu].clamp(max=max_patches)
         return _assemble(
             cu_patches=cu_patches.int(),
             cu_documents=torch.cat((cu_documents, cu_documents.new_full((1,), max_patches))).int(),

@@ -55,7 +55,7 @@ def patch_pool(
     """
     if reduce not in REDUCES:
         raise ValueError(f"reduce must be one of {', '.join(REDUCES)}; got {reduce!r}")
-    _check_rows("x", x, layout.num_tokens, "tokens", layout)
+    _check_rows("x", x, layout, "tokens")
     chosen = _choose("patch_pool", x, reduce, backend)
     pooled, _ = torch.ops.lst_kernels.patch_pool(_flat(x), layout.cu_patches, reduce, chosen)
     return pooled.view(layout.num_patches, *x.shape[1:])
@@ -89,7 +89,7 @@ def patch_expand(
     """
     if shift not in (0, 1):
         raise ValueError(f"shift must be 0 or 1; got {shift!r}")
-    _check_rows("z", z, layout.num_patches, "patches", layout)
+    _check_rows("z", z, layout, "patches")
     if residual is not None:
         _check_residual(residual, z, layout)
         residual = _flat(residual)
@@ -124,7 +124,16 @@ def _describe_expand(
     return backends.Call("patch_expand", z.device.type, z.dtype)
 
 
-def _check_rows(name: str, x: Tensor, num_rows: int, kind: str, layout: PatchLayout) -> None:
+def _check_rows(
+    name: str, x: Tensor, layout: PatchLayout, kind: Literal["tokens", "patches"]
+) -> None:
+    if not isinstance(layout, PatchLayout):
+        raise TypeError(f"layout must be a PatchLayout; got {type(layout).__name__}")
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"{name} must be a tensor with a row for each of the {kind}; got {type(x).__name__}"
+        )
+    num_rows = layout.num_tokens if kind == "tokens" else layout.num_patches
     if x.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64; got {x.dtype}")
     if x.ndim == 0 or x.shape[0] != num_rows:
@@ -136,7 +145,7 @@ def _check_rows(name: str, x: Tensor, num_rows: int, kind: str, layout: PatchLay
 def _check_residual(residual: Tensor, z: Tensor, layout: PatchLayout) -> None:
     if residual.dtype != z.dtype:
         raise TypeError(f"residual is {residual.dtype}, but z is {z.dtype}")
-    _check_rows("residual", residual, layout.num_tokens, "tokens", layout)
+    _check_rows("residual", residual, layout, "tokens")
     if residual.shape[1:] != z.shape[1:]:
         raise ValueError(
             f"residual has rows of shape {tuple(residual.shape[1:])}, but z of {tuple(z.shape[1:])}"

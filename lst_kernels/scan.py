@@ -69,6 +69,9 @@ def _describe(
 
 
 def _check(x: Tensor, decay: Tensor, cu_segments: Tensor) -> None:
+    for name, tensor in (("x", x), ("decay", decay), ("cu_segments", cu_segments)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}")
     if x.dtype not in DTYPES:
         raise TypeError(f"x must be float32, bfloat16, float16 or float64; got {x.dtype}")
     if x.ndim == 0:

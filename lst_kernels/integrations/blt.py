@@ -108,17 +108,22 @@ def apply_lst_kernels_to_blt(
             given without ``self_attention``.
     """
     blt = _import_blt()
-    if local_window is not None and local_window < 1:
-        raise ValueError(f"local_window must be at least 1, or None; got {local_window}")
+    if local_window is not None and (not isinstance(local_window, int) or local_window < 1):
+        raise ValueError(f"local_window must be at least 1, or None; got {local_window!r}")
     if local_window is not None and not self_attention:
         raise ValueError(f"local_window needs self_attention, which is off; got {local_window}")
     holders: list[Any] = [blt.BltModel]
+    if model is not None and not isinstance(model, nn.Module):
+        raise ValueError(f"model must be or hold a BltModel of transformers; got {model!r:.80}")
     if model is not None:
         holders = [module for module in model.modules() if isinstance(module, blt.BltModel)]
     if not holders:
         raise ValueError(f"model must be or hold a BltModel of transformers; got {type(model)}")
     if any(SWITCHES in vars(holder) for holder in holders):
-        raise ValueError("model has these kernels already; undo them first")
+        which = "every BLT of this process" if model is None else "model"
+        raise ValueError(
+            f"{which} has these kernels already; first .undo() what the earlier call returned"
+        )
     switches = Switches(
         cross_attention=cross_attention,
         self_attention=self_attention,

@@ -376,6 +376,32 @@ def test_the_largest_head_size_runs(op):
             "k has 3 rows, but ranges is over 2 keys",
         ),
         (
+            lambda: range_attention(*[ones(5, 2, 16)] * 3, SQUARE.dense_mask()),
+            TypeError,
+            "ranges must be KeyRanges, as the methods of a PatchLayout make; got Tensor",
+        ),
+        (
+            lambda: range_attention(*[ones(5, 2, 16).numpy()] * 3, SQUARE),
+            TypeError,
+            "q must be a tensor of shape (Q, Hq, D); got ndarray",
+        ),
+        (
+            lambda: sliding_window_attention(*[ones(5, 2, 16)] * 3, [0, 5], window=2, max_length=5),
+            TypeError,
+            "cu_tokens must be (N+1,) int32 offsets; got list",
+        ),
+        (
+            lambda: sliding_window_attention(
+                *[ones(5, 2, 16)] * 3,
+                LAYOUT.cu_tokens,
+                window=2,
+                max_length=5,
+                ranges=LAYOUT.sliding_window(3),
+            ),
+            ValueError,
+            "window is 2, but a query of ranges reads 3 keys",
+        ),
+        (
             lambda: sliding_window_attention(
                 *[ones(5, 2, 16)] * 3, LAYOUT.cu_tokens.to("meta"), window=2, max_length=5
             ),

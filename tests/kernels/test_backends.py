@@ -77,6 +77,8 @@ def test_a_backend_of_no_name_is_refused(table, monkeypatch):
         choose(POOL, "tritn")
     with pytest.raises(ValueError, match=message), backend("tritn"):
         pass
+    with pytest.raises(ValueError, match=message):
+        explain(patch_pool, X, LAYOUT, backend="tritn")
     monkeypatch.setenv("LST_KERNELS_BACKEND", "tritn")
     with pytest.raises(ValueError, match=message):
         choose(POOL, "auto")

@@ -235,7 +235,10 @@ def test_no_buffer_grows_with_the_square_of_the_length():
     ("options", "message"),
     [
         ({"model": torch.nn.Linear(2, 2)}, "model must be or hold a BltModel"),
+        ({"model": "owner/blt"}, "model must be or hold a BltModel .* got 'owner/blt'"),
+        ({"model": BltForCausalLM}, "model must be or hold a BltModel .* got <class"),
         ({"local_window": 0}, "local_window must be at least 1, or None; got 0"),
+        ({"local_window": 2.5}, "local_window must be at least 1, or None; got 2.5"),
         ({"local_window": 4, "self_attention": False}, "local_window needs self_attention"),
     ],
 )
@@ -249,7 +252,7 @@ def test_applying_twice_is_told():
     for target in (model, None):
         with (
             apply_lst_kernels_to_blt(target),
-            pytest.raises(ValueError, match="has these kernels already; undo them first"),
+            pytest.raises(ValueError, match="has these kernels already; first .undo()"),
         ):
             apply_lst_kernels_to_blt(target)
 

@@ -44,3 +44,9 @@ def test_without_triton_and_the_native_library_the_reference_runs_and_one_warnin
         "UserWarning: lst_kernels runs without its native backend: "
         "the native library was not built; reinstall lst where there is a C++17 compiler"
     ]
+
+
+def test_importing_does_not_import_the_compiler():
+    """It takes as long as torch itself, and an importer who compiles nothing does not need it."""
+    script = "import torch, sys, lst_kernels; assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)

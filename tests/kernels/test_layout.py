@@ -231,8 +231,13 @@ def test_layouts_made_on_a_device_ask_it_nothing():
             "starts must be a (T,) bool tensor",
         ),
         (
+            lambda: PatchLayout.from_boundaries([True, False], max_patches=2),
+            TypeError,
+            "starts must be a (T,) bool tensor; got list",
+        ),
+        (
             lambda: PatchLayout.from_boundaries(
-                torch.ones(3, dtype=torch.bool), max_patches=3, cu_tokens=torch.tensor([0, 2])
+                torch.ones(3, dtype=torch.bool), max_patches=3, cu_tokens=[0, 2]
             ),
             ValueError,
             "cu_tokens must rise from 0 to the 3 tokens of starts; got [0, 2]",

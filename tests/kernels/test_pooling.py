@@ -366,6 +366,16 @@ LAYOUT = PatchLayout.from_lengths([2, 3], [2])
             "x has shape (), but the layout has 5 tokens",
         ),
         (
+            lambda: patch_pool(torch.ones(5, 2), [2, 3]),
+            TypeError,
+            "layout must be a PatchLayout; got list",
+        ),
+        (
+            lambda: patch_expand([1.0, 2.0], LAYOUT),
+            TypeError,
+            "z must be a tensor with a row for each of the patches; got list",
+        ),
+        (
             lambda: patch_pool(torch.ones(5, 2).long(), LAYOUT),
             TypeError,
             "x must be float32, bfloat16, float16 or float64; got torch.int64",

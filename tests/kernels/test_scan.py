@@ -255,6 +255,11 @@ X, DECAY, CU = torch.ones(5, 2), torch.ones(5), PatchLayout.from_lengths([2, 3],
         ),
         (lambda: segment_scan(torch.tensor(1.0), DECAY, CU), ValueError, "x must have rows"),
         (
+            lambda: segment_scan(X, DECAY, [0, 5]),
+            TypeError,
+            "cu_segments must be a tensor; got list",
+        ),
+        (
             lambda: segment_scan(X.bfloat16(), DECAY.bfloat16(), CU),
             TypeError,
             "decay must be torch.float32 for an x of torch.bfloat16; got torch.bfloat16",
