@@ -245,7 +245,7 @@ def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q has head size {q.shape[2]}; expected 1 to {MAX_HEAD_DIM}")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(
-            f"k has {k.shape[1]} heads, which does not divide q's {q.shape[1]}; expected tensors of "
+            f"k has {k.shape[1]} heads, which does not divide q's {q.shape[1]}; expected shapes "
             f"(rows, heads, head size), got q {tuple(q.shape)} and k {tuple(k.shape)}"
         )
 

@@ -143,8 +143,8 @@ def choose_traced(
     return choose(Call(op, device, dtype, head_dim, reduce), asked)
 
 
-# All that torch.compiler.assume_constant_result does, but for an import of the whole compiler, which
-# takes as long as that of torch: those who compile nothing need not wait for it.
+# All that torch.compiler.assume_constant_result does, but for an import of the whole compiler, as
+# long as that of torch itself: those who compile nothing need not wait for it.
 choose_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

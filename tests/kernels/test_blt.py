@@ -252,7 +252,7 @@ def test_applying_twice_is_told():
     for target in (model, None):
         with (
             apply_lst_kernels_to_blt(target),
-            pytest.raises(ValueError, match="has these kernels already; first .undo()"),
+            pytest.raises(ValueError, match=r"has these kernels already; first \.undo\(\)"),
         ):
             apply_lst_kernels_to_blt(target)
 
