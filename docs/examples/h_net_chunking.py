@@ -1,6 +1,6 @@
 """Dynamic chunking in the manner of H-Net: a byte model that learns where to cut.
 
-    python docs/examples/h_net_chunking.py          # about ten seconds on two cores, no download
+    python docs/examples/h_net_chunking.py          # under a minute on two cores, no download
 
     bytes → router → boundaries → layout → pool → network over chunks → smooth → expand → next byte
 

@@ -1,6 +1,6 @@
 """Shortening by the mean of each group: a layer that makes the middle of a model cheap.
 
-    python docs/examples/mean_pool_shortening.py          # a few seconds on two cores, no download
+    python docs/examples/mean_pool_shortening.py          # under a minute on two cores, no download
 
     tokens → groups that end at spaces → mean → layers over groups → shifted back to tokens
 

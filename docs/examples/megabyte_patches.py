@@ -1,6 +1,6 @@
 """Fixed patches in the manner of MegaByte: a large model over patches, a small one within each.
 
-    python docs/examples/megabyte_patches.py          # a few seconds on two cores, no download
+    python docs/examples/megabyte_patches.py          # under a minute on two cores, no download
 
     bytes → patches of 4 → global model → shifted to the next patch → local model → next byte
 

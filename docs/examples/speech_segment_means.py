@@ -1,6 +1,6 @@
 """One vector per spoken word: the mean of its frames, with the gaps between words left out.
 
-    python docs/examples/speech_segment_means.py          # a few seconds on two cores, no download
+    python docs/examples/speech_segment_means.py          # under a minute on two cores, no download
 
     frames + aligned words (start, end) → layout with gaps → mean of each word → which word is it?
 

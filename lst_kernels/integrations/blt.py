@@ -161,7 +161,7 @@ def _import_blt() -> Any:
         in_order = [each.name for each in wanted if each.kind is each.POSITIONAL_OR_KEYWORD]
         by_name = [each.name for each in wanted if each.kind is each.KEYWORD_ONLY]
         if in_order != given[: len(in_order)] or not set(by_name) <= set(given):
-            raise ImportError(f"{version}, where {name} takes {', '.join(given)}")
+            raise ImportError(f"{version}, whose {owner.__name__}.{name} takes {', '.join(given)}")
     return blt
 
 
@@ -281,6 +281,10 @@ def _patch_reduce(
     """(B, P, d) from (B, S, d): the maximum of each patch, 0 for an empty one."""
     if not _active.get().pooling:
         return theirs(self, hidden_states, max_num_patches, patch_ids)
+    if len(patch_ids) != len(hidden_states):
+        raise ValueError(
+            f"patch_lengths has {len(patch_ids)} rows, but there are {len(hidden_states)} of bytes"
+        )
     pooled = patch_pool(hidden_states.flatten(0, 1), _layout(patch_ids, max_num_patches), "max")
     return pooled.unflatten(0, (len(patch_ids), max_num_patches))
 

@@ -247,6 +247,16 @@ def test_bad_input_is_told(options, message):
         apply_lst_kernels_to_blt(**options)
 
 
+def test_patch_lengths_of_other_rows_than_the_bytes_are_told():
+    """Transformers pools one row of them into the first row of bytes, and none into the others."""
+    model = make_model()
+    with (
+        apply_lst_kernels_to_blt(model),
+        pytest.raises(ValueError, match="patch_lengths has 1 rows, but there are 2 of bytes"),
+    ):
+        model(BYTES, patch_lengths=LENGTHS[:1], use_cache=False)
+
+
 def test_applying_twice_is_told():
     model = make_model()
     for target in (model, None):
