@@ -70,7 +70,7 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
 
 
 _rows = pytest.StashKey[list[Row]]()
-_limits = pytest.StashKey[Limits]()
+_limits = pytest.StashKey[dict[str, Limits]]()
 
 
 @pytest.fixture
@@ -89,11 +89,16 @@ def add_row(request: pytest.FixtureRequest) -> AddRow:
 
 
 @pytest.fixture(scope="session")
-def limits(request: pytest.FixtureRequest) -> Limits:
-    """What this machine copies and multiplies at best, measured once in this run."""
-    found = measure_limits()
-    request.config.stash[_limits] = found
-    return found
+def limits_of(request: pytest.FixtureRequest) -> Callable[[str], Limits]:
+    """What "cpu" or "cuda" copies and multiplies at best, measured once in this run."""
+    found = request.config.stash.setdefault(_limits, {})
+
+    def limits(device: str) -> Limits:
+        if device not in found:
+            found[device] = measure_limits(torch.device(device))
+        return found[device]
+
+    return limits
 
 
 @pytest.fixture
@@ -219,7 +224,7 @@ def take_turns(benchmark) -> Callable[..., dict[str, list[float]]]:
 
 
 @pytest.fixture
-def race(benchmark, add_row: AddRow, take_turns, request) -> Callable[..., dict[str, float]]:
+def race(benchmark, add_row: AddRow, take_turns, limits_of) -> Callable[..., dict[str, float]]:
     """Time ours and its peers in turn, in one process, and assert the ratios of the minima."""
 
     def run(
@@ -246,7 +251,7 @@ def race(benchmark, add_row: AddRow, take_turns, request) -> Callable[..., dict[
             facts: more numbers for the report.
         """
         known: dict[str, Any] = dict(facts or {})
-        limits = request.getfixturevalue("limits") if flops or nbytes else None
+        limits = limits_of("cpu") if flops or nbytes else None
         times = take_turns({"ours": ours, **peers}, rounds, slow_rounds)
         if not times["ours"]:
             return {}
@@ -303,7 +308,7 @@ def pytest_terminal_summary(
         terminalreporter.write_line("  ".join(cells).rstrip())
     if folder := config.getoption("--results"):
         folder.mkdir(parents=True, exist_ok=True)
-        limits = config.stash.get(_limits, None)
+        limits = config.stash.get(_limits, {}).get("cuda" if on_gpu else "cpu")
         for question in dict.fromkeys(row.question for row in rows):
             own = [asdict(row) | {"passed": row.passed} for row in rows if row.question == question]
             result: dict[str, Any] = {"machine": about, "question": question, "rows": own}

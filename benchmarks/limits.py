@@ -6,20 +6,20 @@ A copy counts what it reads and what it writes. Measured in the run whose figure
 it, for a machine that others use too has other limits an hour later.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 
 import torch
 
-COPY_BYTES = 2**27  # well beyond the caches
-PRODUCT = 2048  # rows and columns
+CPU = torch.device("cpu")
 ROUNDS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     bytes_per_second: float  # of a large copy, read and written
-    flops_per_second: float  # of a square float32 matrix product
+    flops_per_second: float  # of a square matrix product: float32, bfloat16 on a GPU
 
     def floor(self, flops: float, nbytes: float) -> float:
         """The least seconds in which so many FLOPs and bytes can be done."""
@@ -31,20 +31,27 @@ class Limits:
         return "FLOPs" if computing else "bytes"
 
 
-def measure_limits() -> Limits:
-    """Of this machine's processor, with the threads that torch uses: the best of some rounds."""
-    source = torch.ones(COPY_BYTES, dtype=torch.int8)
+def measure_limits(device: torch.device = CPU) -> Limits:
+    """The best of some rounds: of the processor, with the threads that torch uses, or of a GPU."""
+    size, rows, dtype, calls = (2**27, 2048, torch.float32, 1)  # well beyond the caches
+    if device.type == "cuda":
+        size, rows, dtype, calls = (2**30, 8192, torch.bfloat16, 10)
+    source = torch.ones(size, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
-    a, b, product = (torch.ones(PRODUCT, PRODUCT) for _ in range(3))
-    copies, products = [], []
-    for _ in range(ROUNDS):
-        begun = perf_counter()
-        target.copy_(source)
-        copied = perf_counter()
-        torch.mm(a, b, out=product)
-        copies.append(copied - begun)
-        products.append(perf_counter() - copied)
+    a, b, product = (torch.ones(rows, rows, dtype=dtype, device=device) for _ in range(3))
+
+    def least_seconds(call: Callable[[], object]) -> float:
+        taken = []
+        for _ in range(ROUNDS):
+            begun = perf_counter()
+            for _ in range(calls):
+                call()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            taken.append((perf_counter() - begun) / calls)
+        return min(taken)
+
     return Limits(
-        bytes_per_second=2 * COPY_BYTES / min(copies),
-        flops_per_second=2 * PRODUCT**3 / min(products),
+        bytes_per_second=2 * size / least_seconds(lambda: target.copy_(source)),
+        flops_per_second=2 * rows**3 / least_seconds(lambda: torch.mm(a, b, out=product)),
     )

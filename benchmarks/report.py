@@ -256,8 +256,9 @@ def gap_section(result: Result) -> Iterator[str]:
             )
         )  # fmt: skip
         step = rows[0]["facts"]["step_seconds"]
+        model, *_ = rows[0]["case"].partition(",")
         yield (
-            f"A training step of {rows[0]['facts']['tokens']:,} tokens of the reduced model takes "
+            f"A training step of {rows[0]['facts']['tokens']:,} tokens of {model} takes "
             f"{step * 1e3:.0f} ms. Time over floor is 1 where nothing is lost."
         )
         header = ("part", "kind", "ms", "share", "floor, ms", "by", "time over floor", "")

@@ -62,8 +62,8 @@ def gap_rows():
         ("between operations", "between", 0.1, 0.0),
     ):
         yield row(
-            "gap", part, part=part, kind=kind, seconds=seconds, floor_seconds=floor,
-            bound="FLOPs", step_seconds=1.0, tokens=1536, remedy=f"mend {kind}",
+            "gap", f"toy, training step: {part}", part=part, kind=kind, seconds=seconds,
+            floor_seconds=floor, bound="FLOPs", step_seconds=1.0, tokens=1536, remedy=f"mend {kind}",
         )  # fmt: skip
 
 
@@ -131,6 +131,7 @@ def test_the_gap_adds_up(folder, tmp_path):
     text, _ = page(folder, tmp_path / "performance.md")
     assert "| global transformer | products | 600.0 | 60.0% | 500.0 | FLOPs | 1.20 |" in text
     assert "| **sum** |  | 1000.0 | 100.0% | 600.0 |  | 1.67 |" in text
+    assert "A training step of 1,536 tokens of toy takes 1000 ms." in text
 
 
 def test_costs_of_models_and_their_ceilings(folder, tmp_path):
