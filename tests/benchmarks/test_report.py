@@ -63,7 +63,8 @@ def gap_rows():
     ):
         yield row(
             "gap", f"toy, training step: {part}", part=part, kind=kind, seconds=seconds,
-            floor_seconds=floor, bound="FLOPs", step_seconds=1.0, tokens=1536, remedy=f"mend {kind}",
+            floor_seconds=floor, bound="FLOPs", step_seconds=1.0, tokens=1536,
+            remedy=f"mend {kind}",
         )  # fmt: skip
 
 
