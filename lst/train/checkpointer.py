@@ -6,8 +6,9 @@
     a thread                    ▸ write, hash, rename ▸ remove old ▸
 
 Training waits for the copy to the host's memory alone. Checkpoints that cannot be written (a full
-disk) do not stop a run: it tells of each and tries again after a few steps, then more. The last
-one of a run is waited for, and where it cannot be written that is an error.
+disk) do not stop a run: it tells of each and tries again after a few steps, then more. One that
+does not get on (a disk that hangs) is told of too, while training goes on. The last one of a run
+is waited for, and where it cannot be written that is an error.
 """
 
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ class Save:
     """A checkpoint under way, and how it ended."""
 
     step: int
+    stalled: bool = False  # at some time
     folder: Path | None = None
     error: BaseException | None = None
     notes: list[str] = field(default_factory=list)
@@ -94,10 +96,16 @@ class Checkpointer:
         )
         self._thread.start()
 
-    def poll(self, step: int) -> None:
-        """After ``step``, take note of a save that has ended on every rank."""
+    def poll(self, step: int, stalled: tuple[Thread, str] | None = None) -> None:
+        """After ``step``, take note of a save that has ended on every rank, or does not get on.
+
+        Args:
+            stalled: a thread that does not, and where (lst.train.watchdog).
+        """
         if self._thread is None:
             return
+        if stalled is not None and stalled[0] is self._thread:
+            self._tell_stalled(step, stalled[1])
         if not self._world.sum(torch.tensor(int(self._thread.is_alive()))):
             self._settle(step, retry=step + RETRY_STEPS * (self._failures + 1))
 
@@ -127,6 +135,16 @@ class Checkpointer:
         event = {"event": "checkpoint", "checkpoint": save.step, "error": str(save.error)}
         self._log.event(step, event)
 
+    def _tell_stalled(self, step: int, where: str) -> None:
+        """Once a save."""
+        assert self._save is not None
+        if self._save.stalled:
+            return
+        self._save.stalled = True
+        self._log.say(f"the checkpoint of step {self._save.step}: {where}; training goes on")
+        event = {"event": "checkpoint stalled", "checkpoint": self._save.step, "reason": where}
+        self._log.event(step, event)
+
     def _join(self) -> Save | None:
         if self._thread is None:
             return None
@@ -136,7 +154,7 @@ class Checkpointer:
         for note in save.notes:
             self._log.say(note)
         if save.error is None:
-            if self._failures:
+            if self._failures or save.stalled:
                 self._log.say(f"the checkpoint of step {save.step} is saved")
             self.saved, self._failures = save.folder, 0
         elif not isinstance(save.error, UserError):

@@ -5,8 +5,8 @@ then no process group exists and every collective below is the identity.
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -105,11 +105,14 @@ def processes_of_a_machine() -> int:
 
 
 @contextmanager
-def start_world(device: str) -> Iterator[World]:
+def start_world(
+    device: str, meeting: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> Iterator[World]:
     """Join the other ranks, and leave them together, after an error too.
 
     Args:
         device: "cpu", "cuda" or "auto" (cuda where there is one).
+        meeting: its block is this rank's wait for ranks that have not come yet.
     """
     size = launched_processes()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -118,7 +121,8 @@ def start_world(device: str) -> Iterator[World]:
         stack.enter_context(_settings(world.device))
         if size > 1:
             backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
-            store = _meet(world)
+            with meeting():
+                store = _meet(world)
             dist.init_process_group(
                 backend, store=store, rank=world.rank, world_size=size, timeout=TIMEOUT
             )

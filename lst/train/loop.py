@@ -82,7 +82,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> None:
         catch_signals() as interrupt,
         Status(config, interrupt, resume=resume) as status,
         Watchdog(config.hang_timeout, status, interrupt) as watch,
-        start_world(config.device) as world,
+        start_world(config.device, watch.meeting) as world,
     ):
         watch.join(world)
         try:
@@ -246,7 +246,7 @@ def take_steps(run: Run, interrupt: Interrupt) -> None:
                 run.state = replace(run.state, validated=step)
         last = stop or step == config.steps
         run.watch.now("a checkpoint", slow=True)
-        run.checkpoints.poll(step)
+        run.checkpoints.poll(step, run.watch.stalled)
         if run.checkpoints.due(step, last=last):
             log.sync()
             run.state = replace(run.state, seconds=log.seconds)

@@ -22,7 +22,12 @@ The numbers are for ``hang_timeout = 45`` and go with it. Signs of progress are
 
 It takes all ranks to make a hang: those that wait for one that is busy are excused. In any phase a
 standstill may last three times the longest that the run has come out of since its first step began.
-Until the ranks have met each watches itself, and waits for the others as long as they may take.
+Until the ranks are connected each watches itself, by the same times; only its wait for ranks that
+have not come may last as long as they may take.
+
+A thread that writes a checkpoint is watched by the same signs, its own alone. Where those of all
+ranks stand still for the timeout, that is told of (:attr:`Watchdog.stalled`) and training goes on:
+it may never have to wait for them.
 
 Time in which the whole machine, or the job, is suspended does not count: a thread that wakes late
 counts no more than two of its ticks.
@@ -40,8 +45,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -52,7 +57,7 @@ from lst.train.distributed import MEETING, World, launched_processes, launched_r
 from lst.train.interrupt import Interrupt
 from lst.train.links import Link, Message, open_links
 from lst.train.status import Status
-from lst.train.work import Work, state_of, work_so_far
+from lst.train.work import Work, state_of, work_of_thread, work_so_far
 
 USUAL = 45.0  # seconds of hang_timeout, and those that the other times go by where it is 0
 # Parts of it:
@@ -65,7 +70,7 @@ WORK_SECONDS = 0.5 / 45  # of CPU time, and
 WORK_BYTES = (1 << 20) / 45
 
 SLOW = 600.0  # seconds that work excuses a standstill
-MEET = MEETING.total_seconds() + 60  # that ranks may wait for each other; they give up before
+MEET = MEETING.total_seconds() + 60  # that ranks may wait for those to come; they give up before
 FACTOR = 3  # on the longest standstill so far
 DISK_SECONDS = 5.0  # for the last words
 STACKS_SECONDS = 0.5  # for those of data workers
@@ -84,9 +89,22 @@ class Beat:
     idle: float = 0.0  # seconds without any sign of progress that counts where it is
     limit: float = SLOW  # seconds that it may be so
     others: str = ""  # threads and processes that it may be waiting for
+    writer: str = ""  # where a thread is that writes a checkpoint
+    writer_idle: float = 0.0  # seconds that it has made no progress
 
     def describe(self) -> str:
         return f"{self.doing}, at {self.at}{self.others}"
+
+
+@dataclass
+class Writer:
+    """How the thread stands that writes a checkpoint."""
+
+    thread: threading.Thread
+    trace: tuple[int, ...] = ()
+    still: float = 0.0
+    idle: float = 0.0
+    work: Work | None = None  # done when it came to stand, or since
 
 
 @dataclass
@@ -114,12 +132,15 @@ class Watchdog:
         # Number, what, slow, and of which process something is awaited.
         self._phase: tuple[int, str, bool, Callable[[], int | None] | None]
         self._phase = (0, "starting", True, None)
-        self._meeting = launched_processes() > 1  # the others are not there yet
+        self._meeting = False  # the main thread waits for ranks to come
+        self._connected = launched_processes() == 1
         self._started = False  # has a step behind it
         self._spins = False  # where it waits for its device
         self._beat, self._trace = Beat(), tuple[int, ...]()
         self._others: list[tuple[int, ...]] = []  # the traces of the other threads
         self._work: Work | None = None  # done when the main thread came to stand, or since
+        self._writer: Writer | None = None
+        self.stalled: tuple[threading.Thread, str] | None = None  # a writer of rank 0, and where
         self._quiet = 0.0  # for which all ranks stand still
         self._stepping = False  # the first step has begun
         self._longest = 0.0  # standstill that has ended since
@@ -158,8 +179,17 @@ class Watchdog:
         self._selector.close()
         self._wake.close()
 
+    @contextmanager
+    def meeting(self) -> Iterator[None]:
+        """The main thread waits for ranks that have not come."""
+        self.now("waiting for other ranks to start", slow=True)
+        self._meeting = True
+        yield
+        self._meeting = False
+        self.now("connecting to the other ranks", slow=True)
+
     def join(self, world: World) -> None:
-        """Meet the other ranks; every rank calls it."""
+        """Connect to the other ranks, which have come; every rank calls it."""
         self._spins = world.device.type != "cpu"
         if world.size == 1:
             return
@@ -170,7 +200,7 @@ class Watchdog:
         elif self._listener is not None:
             self._peers = {rank: Peer() for rank in range(1, world.size)}
             self._watch(self._listener, None)
-        self._meeting = False
+        self._connected = True
         self._wake.send(b"\0")
 
     def now(
@@ -279,8 +309,9 @@ class Watchdog:
             elif still > SLOW:
                 idle = still
         self._beat = Beat(doing, _place(frame), still, idle, limit)
+        self._look_at_writer(frames, passed)
         if idle > self._timeout / 2:
-            self._beat.others = _writer() + _workers(awaited and awaited())
+            self._beat.others = self._waited_for(awaited and awaited())
         for peer in self._peers.values():
             peer.silent += passed
         told = {} if self._interrupt.signal is None else {"signal": self._interrupt.signal}
@@ -288,21 +319,49 @@ class Watchdog:
 
     def _worked(self, *, own: bool) -> bool:
         """Whether work was done since the last that counted, while the main thread stood still."""
-        unit, now = self._timeout or USUAL, work_so_far()
-        before, self._work = self._work, self._work or now
+        now = work_so_far()
+        worked = self._differs(self._work, now, own=own)
+        self._work = now if worked else self._work or now
+        return worked
+
+    def _differs(self, before: Work | None, now: Work | None, *, own: bool = True) -> bool:
+        unit = self._timeout or USUAL
+        seconds, size = WORK_SECONDS * unit, int(WORK_BYTES * unit)
         if before is None or now is None:
             return False
-        if not now.differs(
-            before, seconds=WORK_SECONDS * unit, size=int(WORK_BYTES * unit), own=own
-        ):
-            return False
-        self._work = now
-        return True
+        return now.differs(before, seconds=seconds, size=size, own=own)
+
+    def _look_at_writer(self, frames: dict[int, FrameType], passed: float) -> None:
+        thread = next((each for each in threading.enumerate() if each.name == WRITER), None)
+        frame = None if thread is None else frames.get(thread.ident or 0)
+        if thread is None or frame is None:
+            self._writer = None
+            return
+        if self._writer is None or self._writer.thread is not thread:
+            self._writer = Writer(thread)
+        writer, trace = self._writer, tuple(_trace(frame))
+        if trace != writer.trace:
+            self._writer = writer = Writer(thread, trace)
+        else:
+            now = work_of_thread(thread.native_id)
+            worked = self._differs(writer.work, now)
+            writer.work = now if worked else writer.work or now
+            writer.still += passed
+            writer.idle = 0.0 if worked or now is None else writer.idle + passed
+            if writer.still > SLOW:
+                writer.idle = writer.still
+        self._beat.writer, self._beat.writer_idle = _place(frame), writer.idle
+
+    def _waited_for(self, awaited: int | None) -> str:
+        """Threads and processes that the main thread may be waiting for."""
+        writer = f", whose {WRITER} is at {self._beat.writer}" if self._beat.writer else ""
+        return writer + _workers(awaited)
 
     def _judge(self, passed: float) -> None:
         if self._failing.is_set():
             return
         unit = self._timeout or USUAL
+        self.stalled = self._stall()
         reason, stacks = self._verdict()
         self._trouble = 0.0 if reason is None else self._trouble + passed
         if reason is not None and (stacks or self._trouble > SETTLE * unit):
@@ -330,11 +389,24 @@ class Watchdog:
                     f"rank {rank} has not been heard of for {peer.silent:.0f} s: "
                     f"it is stopped or cut off ({where})"
                 ), False
-        return (self._hang(), True) if self._rank == 0 or self._meeting else (None, False)
+        return (self._hang(), True) if self._rank == 0 or not self._connected else (None, False)
+
+    def _beats(self) -> dict[int, Beat]:
+        """Of this rank and those connected to it."""
+        others = {rank: peer.beat for rank, peer in self._peers.items() if not peer.left}
+        return {self._rank: self._beat} | others
+
+    def _stall(self) -> tuple[threading.Thread, str] | None:
+        """The writer of rank 0, where those of all ranks stand still, and where they do."""
+        beats = {rank: beat for rank, beat in self._beats().items() if beat.writer}
+        idle = min((beat.writer_idle for beat in beats.values()), default=0.0)
+        if self._timeout == 0 or self._writer is None or idle <= self._timeout:
+            return None
+        places = _places({rank: f"at {beat.writer}" for rank, beat in beats.items()})
+        return self._writer.thread, f"no progress for {idle:.0f} s: {places}"
 
     def _hang(self) -> str | None:
-        others = {rank: peer.beat for rank, peer in self._peers.items() if not peer.left}
-        beats = {self._rank: self._beat} | others
+        beats = self._beats()
         quiet = min(beat.still for beat in beats.values())
         if self._stepping and quiet < self._quiet:
             self._longest = max(self._longest, self._quiet)
@@ -343,7 +415,8 @@ class Watchdog:
         self._stepping = self._stepping or self._beat.doing.startswith("step")
         if all(b.idle > max(b.limit, FACTOR * self._longest) for b in beats.values()):
             idle = min(beat.idle for beat in beats.values())
-            return f"no progress for {idle:.0f} s: {_places(beats)}"
+            places = _places({rank: beat.describe() for rank, beat in beats.items()})
+            return f"no progress for {idle:.0f} s: {places}"
         return None
 
     # How it ends ----------------------------------------------------------------------------------
@@ -409,13 +482,6 @@ def _place(frame: FrameType | None) -> str:
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} ({frame.f_code.co_name})"
 
 
-def _writer() -> str:
-    """Where the thread that writes a checkpoint is, where there is one."""
-    frames = sys._current_frames()
-    places = [_place(frames.get(t.ident or 0)) for t in threading.enumerate() if t.name == WRITER]
-    return f", whose {WRITER} is at {places[0]}" if places else ""
-
-
 def _workers(awaited: int | None) -> str:
     """The processes of this rank that are not well, where the system tells, and the awaited one."""
     found = []
@@ -426,11 +492,11 @@ def _workers(awaited: int | None) -> str:
     return f", whose data worker {', '.join(found)}" if found else ""
 
 
-def _places(beats: dict[int, Beat]) -> str:
+def _places(wheres: dict[int, str]) -> str:
     """Where which ranks are, the smallest groups first: who is alone holds up the others."""
     groups: dict[str, list[int]] = {}
-    for rank, beat in beats.items():
-        groups.setdefault(beat.describe(), []).append(rank)
+    for rank, where in wheres.items():
+        groups.setdefault(where, []).append(rank)
     told = sorted(groups.items(), key=lambda group: len(group[1]))[:MAX_PLACES]
     return "; ".join(
         f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks[:8]))}"

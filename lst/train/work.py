@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Work", "state_of", "work_so_far"]
+__all__ = ["Work", "state_of", "work_of_thread", "work_so_far"]
 
 PROC = Path("/proc")
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -22,10 +22,10 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What has been done since this process began, the thread that asks left out."""
+    """What this process has done since it began, but for the thread that asks; or one thread."""
 
-    seconds: float  # of CPU time, of this process
-    children: float  # of its children and theirs, those that have ended too
+    seconds: float  # of CPU time, of this process or thread
+    children: float  # of the process's children and theirs, those that have ended too
     moved: int  # bytes read and written, by all of them; files, maps and pipes, no sockets
     flushed: int  # bytes that the machine holds to be written, while a thread waits for a disk
 
@@ -59,6 +59,21 @@ def work_so_far(proc: Path = PROC) -> Work | None:
         children=children,
         moved=moved,
         flushed=_to_be_written(proc) if _waits_for_a_disk(proc / str(me)) else 0,
+    )
+
+
+def work_of_thread(native_id: int | None, proc: Path = PROC) -> Work | None:
+    """Of one thread of this process; None where the system does not tell, or it has ended."""
+    thread = proc / str(os.getpid()) / "task" / str(native_id)
+    try:
+        fields = _fields(thread)
+    except OSError:
+        return None
+    return Work(
+        seconds=_own(fields),
+        children=0.0,
+        moved=_faulted(fields) + _bytes_moved(thread),
+        flushed=_to_be_written(proc) if fields[0] == "D" else 0,
     )
 
 

@@ -24,6 +24,7 @@ from lst.train.config import TrainConfig
 from lst.train.corpus import open_corpus
 from lst.train.loop import train
 from lst.train.optimizer import build_optimizer, optimizer_tensors
+from lst.train.watchdog import WRITER
 
 Tiny = Callable[..., TrainConfig]
 
@@ -159,6 +160,34 @@ def test_a_failed_save_is_told_of_and_tried_again_after_more_and_more_steps(
     assert bench.log.said[2:] == ["the checkpoint of step 132 is saved"]
     assert checkpoints.saved == bench.config.out / "checkpoints" / "step-00000132"
     assert [s for s in range(133, 301) if checkpoints.due(s, last=False)] == [200, 300]
+
+
+def test_a_save_that_stalls_is_told_of_once_and_that_it_is_saved(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, go_on, real = Bench(tiny()), threading.Event(), checkpointer.save_checkpoint
+
+    def save(*args: Any) -> Path:
+        go_on.wait(60)
+        return real(*args)
+
+    monkeypatch.setattr(checkpointer, "save_checkpoint", save)
+    bench.save(1)
+    (writer,) = (each for each in threading.enumerate() if each.name == WRITER)
+    where = "no progress for 45 s: rank 0: at x.py:1 (f)"
+    bench.checkpoints.poll(2, None)
+    bench.checkpoints.poll(3, (threading.Thread(), where))  # an earlier save's
+    assert bench.log.said == []
+    for step in (4, 5):
+        bench.checkpoints.poll(step, (writer, where))
+    message = f"the checkpoint of step 1: {where}; training goes on"
+    assert bench.log.said == [message]
+    assert bench.log.events == [
+        (4, {"event": "checkpoint stalled", "checkpoint": 1, "reason": where})
+    ]
+    go_on.set()
+    bench.checkpoints.finish()
+    assert bench.log.said == [message, "the checkpoint of step 1 is saved"]
 
 
 def test_the_last_save_that_fails_is_an_error_and_an_earlier_one_is_told_of(

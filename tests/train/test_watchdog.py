@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+import lst.train.checkpointer as checkpointer
 import lst.train.loop as loop
 from lst.train.config import TrainConfig, to_json
 from lst.train.loop import train
@@ -26,6 +27,7 @@ from lst.train.work import state_of
 
 Tiny = Callable[..., TrainConfig]
 Job = Callable[..., Any]
+needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="tells by /proc")
 SECONDS = 100  # that anything may take before its test fails
 pytestmark = [pytest.mark.timeout(3 * SECONDS), pytest.mark.usefixtures("undrawn")]
 
@@ -49,6 +51,14 @@ def interposed(*args, **kwargs):
 setattr(place, name, interposed)
 run_command(main)
 """
+# One of two ranks, the other of which does not come.
+ALONE = """
+import os
+os.environ.update(WORLD_SIZE="2", RANK="{rank}")
+from lst.errors import run_command
+from lst.train.__main__ import main
+run_command(main)
+"""
 NOWHERE = ("lst.train.loop", "backward", 0, "")
 HANG = "time.sleep(10_000)"
 
@@ -56,12 +66,18 @@ HANG = "time.sleep(10_000)"
 @pytest.fixture
 def job(fork: Job) -> Job:
     """``job(config, ranks=1)``: the ranks of a run; ``patched`` is the module and name of a
-    function, which of its calls, and what the last rank does there."""
+    function, which of its calls, and what the last rank does there; ``first`` what all do."""
 
-    def start(config: TrainConfig, *, ranks: int = 1, patched: tuple[Any, ...] = NOWHERE) -> Any:
+    def start(
+        config: TrainConfig,
+        *,
+        ranks: int = 1,
+        patched: tuple[Any, ...] = NOWHERE,
+        first: str = "",
+    ) -> Any:
         config.out.mkdir()
         (config.out / "config.json").write_text(json.dumps(to_json(config)))
-        return fork(PROGRAM.format(patched=patched), "--resume", config.out, ranks=ranks)
+        return fork(first + PROGRAM.format(patched=patched), "--resume", config.out, ranks=ranks)
 
     return start
 
@@ -165,6 +181,38 @@ def test_a_rank_that_hangs_before_its_first_step_is_named(
     assert re.match(said, reason(config)), reason(config)
 
 
+def test_a_rank_that_hangs_before_it_meets_the_others_ends_itself(tiny: Tiny, job: Job) -> None:
+    config = endless(tiny, 2.0)
+    ranks = job(config, ranks=2, patched=("lst.train.distributed", "_device", 1, HANG))
+    wait_until(lambda: "error: " in ranks.printed(1), ranks)
+    os.kill(ranks.pids[0], signal.SIGTERM)  # as a launcher would
+    assert ranks.codes == [0, 1]
+    said = ranks.printed(1)
+    assert re.search(r"^error: no progress for . s: rank 1: starting, at <string>:1 ", said, re.M)
+    assert "rank 1 was here:" in said
+    assert "error: " not in ranks.printed(0)
+
+
+def test_a_rank_that_waits_for_others_to_start_may_wait_for_longer(tiny: Tiny, fork: Job) -> None:
+    config = endless(tiny, 1.0)
+    config.out.mkdir()
+    (config.out / "config.json").write_text(json.dumps(to_json(config)))
+    ranks = fork(ALONE.format(rank=1), "--resume", config.out)
+    time.sleep(4)
+    os.kill(ranks.pids[0], signal.SIGTERM)
+    assert ranks.codes == [0], ranks.printed()
+    assert "rank 1 was here:" not in ranks.printed()
+
+
+def test_a_rank_that_hangs_after_it_has_met_the_others_ends_all(tiny: Tiny, job: Job) -> None:
+    config = endless(tiny, 3.0)
+    ranks = job(config, ranks=2, patched=("lst.train.watchdog", "open_links", 1, HANG))
+    assert ranks.codes == [1, 1]
+    for rank, where in enumerate(("", "<string>:1 ")):
+        said = f"no progress for . s: rank {rank}: connecting to the other ranks, at {where}"
+        assert re.search(said, ranks.printed(rank)), ranks.printed()
+
+
 def test_a_checkpoint_that_is_not_written_ends_the_job_and_names_the_rank(
     tiny: Tiny, job: Job
 ) -> None:
@@ -177,6 +225,49 @@ def test_a_checkpoint_that_is_not_written_ends_the_job_and_names_the_rank(
     assert said.startswith("no progress for ")
     assert re.search(r"rank 1: a checkpoint, .* whose checkpoint writer is at <string>:1 ", said)
     assert re.search(r"rank 0: a checkpoint, .* whose checkpoint writer is at (?!<string>)", said)
+
+
+ONE_CHECKPOINT = """
+from lst.train.checkpointer import Checkpointer
+Checkpointer.due = lambda _, step, *, last: step == 3
+"""
+
+
+def test_a_checkpoint_that_stalls_is_told_of_while_training_goes_on(
+    tiny: Tiny, job: Job, tmp_path: Path
+) -> None:
+    config, pipe = endless(tiny, 5.0), tmp_path / "pipe"
+    os.mkfifo(pipe)
+    where = ("lst.train.checkpointer", "save_checkpoint", 1, f"open({str(pipe)!r}).read()")
+    ranks = job(config, ranks=2, patched=where, first=ONE_CHECKPOINT)
+    wait_until(lambda: "training goes on" in ranks.printed(0), ranks)
+    wait_for_lines(config, 3, ranks)
+    pipe.write_text("")  # the writer goes on
+    wait_until(lambda: "the checkpoint of step 3 is saved" in ranks.printed(0), ranks)
+    os.kill(ranks.pids[0], signal.SIGTERM)
+    assert ranks.codes == [0, 0], ranks.printed()
+    (event,) = map(json.loads, (config.out / "events.jsonl").read_text().splitlines())
+    assert (event["event"], event["checkpoint"]) == ("checkpoint stalled", 3)
+    said = event["reason"]
+    assert re.match(r"no progress for . s: rank 0: at .*; rank 1: at <string>:1 ", said)
+    assert ranks.printed(0).count(f"the checkpoint of step 3: {said}; training goes on\n") == 1
+    assert (config.out / "checkpoints" / "step-00000003").is_dir()
+
+
+@needs_proc
+def test_a_checkpoint_that_takes_long_is_not_told_of(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its thread is in one call for twice the timeout, and computes."""
+    monkeypatch.setattr(
+        checkpointer, "save_checkpoint", after(compute, checkpointer.save_checkpoint)
+    )
+    monkeypatch.setattr(loop, "backward", after(lambda: time.sleep(0.2), loop.backward))
+    config = replace(tiny(steps=12, checkpoint_every=1000, validate_every=12), hang_timeout=1.0)
+    monkeypatch.setattr(checkpointer.Checkpointer, "due", lambda _, step, *, last: step == 1)
+    train(config)
+    assert (config.out / "checkpoints" / "step-00000001").is_dir()
+    assert not (config.out / "events.jsonl").exists()
 
 
 def test_what_one_rank_alone_raises_ends_the_job_with_that_reason(tiny: Tiny, job: Job) -> None:
@@ -194,9 +285,6 @@ def worker_of(pid: int) -> int | None:
             if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text():
                 return int(child)
     return None
-
-
-needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="tells by /proc")
 
 
 def with_worker(config: TrainConfig) -> TrainConfig:
@@ -273,14 +361,7 @@ def test_a_signal_ends_a_rank_that_waits_for_others_to_start(tiny: Tiny, fork: J
     config = endless(tiny, 9.0)
     config.out.mkdir()
     (config.out / "config.json").write_text(json.dumps(to_json(config)))
-    alone = """
-import os
-os.environ["WORLD_SIZE"] = "2"
-from lst.errors import run_command
-from lst.train.__main__ import main
-run_command(main)
-"""
-    ranks = fork(alone, "--resume", config.out)
+    ranks = fork(ALONE.format(rank=0), "--resume", config.out)
     wait_until(lambda: (config.out / "status.json").exists(), ranks)
     time.sleep(1)  # the rendezvous is next
     os.kill(ranks.pids[0], signal.SIGUSR1)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lst.train.work import Work, state_of, work_so_far
+from lst.train.work import Work, state_of, work_of_thread, work_so_far
 
 pytestmark = pytest.mark.skipif(work_so_far() is None, reason="the system does not tell")
 
@@ -121,10 +121,34 @@ def test_while_a_thread_waits_for_a_disk_what_the_machine_writes_counts(tmp_path
     work = work_so_far(tmp_path)
     assert work is not None
     assert work.flushed == 5 << 10
+    for thread, flushed in ((1, 0), (2, 5 << 10)):
+        of_thread = work_of_thread(thread, tmp_path)
+        assert of_thread is not None
+        assert of_thread.flushed == flushed
     (process / "task/2/stat").write_text(f"2 (a (b) c) S {numbers}\n")
     work = work_so_far(tmp_path)
     assert work is not None
     assert work.flushed == 0
+    of_thread = work_of_thread(2, tmp_path)
+    assert of_thread is not None
+    assert of_thread.flushed == 0
+
+
+def test_of_a_thread_its_own_work_alone_counts(tmp_path: Path) -> None:
+    def write() -> None:
+        spin()
+        (tmp_path / "file").write_bytes(b"0" * (3 << 20))
+
+    with ThreadPoolExecutor(1) as busy, ThreadPoolExecutor(1) as idle:
+        ids = [pool.submit(threading.get_native_id).result() for pool in (busy, idle)]
+        before = [work_of_thread(each) for each in ids]
+        busy.submit(write).result()
+        after = [work_of_thread(each) for each in ids]
+    for a, b, does in zip(before, after, (True, False), strict=True):
+        assert a is not None
+        assert b is not None
+        assert b.differs(a, seconds=0.3, size=100 << 20, own=True) == does
+        assert b.differs(a, seconds=100.0, size=2 << 20, own=True) == does
 
 
 def test_the_state_of_a_process_is_told() -> None:
@@ -134,3 +158,5 @@ def test_the_state_of_a_process_is_told() -> None:
 
 def test_where_the_system_tells_nothing_nothing_is_made_up(tmp_path: Path) -> None:
     assert work_so_far(tmp_path) is None
+    assert work_of_thread(threading.get_native_id(), tmp_path) is None
+    assert work_of_thread(0) is None
