@@ -245,7 +245,7 @@ def take_steps(run: Run, interrupt: Interrupt) -> None:
                 tell_left_out(run)
                 run.state = replace(run.state, validated=step)
         last = stop or step == config.steps
-        run.watch.now("a checkpoint", slow=True)
+        run.watch.now("a checkpoint", slow=True, saves=True)
         run.checkpoints.poll(step, run.watch.stalled)
         if run.checkpoints.due(step, last=last):
             log.sync()

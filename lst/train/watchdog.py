@@ -27,7 +27,7 @@ have not come may last as long as they may take.
 
 A thread that writes a checkpoint is watched by the same signs, its own alone. Where those of all
 ranks stand still for the timeout, that is told of (:attr:`Watchdog.stalled`) and training goes on:
-it may never have to wait for them.
+it may never have to wait for them. Where it does, what they have stood still counts.
 
 Time in which the whole machine, or the job, is suspended does not count: a thread that wakes late
 counts no more than two of its ticks.
@@ -50,7 +50,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, NamedTuple, NoReturn, Self
 
 from lst.data.workers import STACKS
 from lst.train.distributed import MEETING, World, launched_processes, launched_rank
@@ -63,7 +63,7 @@ USUAL = 45.0  # seconds of hang_timeout, and those that the other times go by wh
 # Parts of it:
 TICK = 1 / 45  # between two looks at the main thread, and two beats
 SILENCE = 20 / 45  # without a beat
-GRACE = 10 / 45  # for a main thread that was asked to stop before its first step
+GRACE = 5 / 45  # for a main thread that was asked to stop before its first step
 SETTLE = 1 / 45  # after a first sign of trouble, for signs that tell more
 # What is work, and not the little that threads do which wait: in all of the timeout
 WORK_SECONDS = 0.5 / 45  # of CPU time, and
@@ -77,6 +77,16 @@ STACKS_SECONDS = 0.5  # for those of data workers
 MAX_PLACES = 4  # named in a reason
 WRITER = "checkpoint writer"  # the name of a thread
 STATES = {"T": "stopped", "t": "traced", "Z": "dead", "D": "waiting for a disk", "X": "dead"}
+
+
+class Phase(NamedTuple):
+    """What the main thread has come to; see :meth:`Watchdog.now`."""
+
+    number: int
+    doing: str
+    slow: bool = True
+    saves: bool = False
+    awaited: Callable[[], int | None] | None = None
 
 
 @dataclass
@@ -102,6 +112,7 @@ class Writer:
 
     thread: threading.Thread
     trace: tuple[int, ...] = ()
+    at: str = "?"
     still: float = 0.0
     idle: float = 0.0
     work: Work | None = None  # done when it came to stand, or since
@@ -129,9 +140,7 @@ class Watchdog:
         self._timeout, self._status, self._interrupt = timeout, status, interrupt
         self._rank, self._peers = launched_rank(), dict[int, Peer]()
         self._main = threading.get_ident()
-        # Number, what, slow, and of which process something is awaited.
-        self._phase: tuple[int, str, bool, Callable[[], int | None] | None]
-        self._phase = (0, "starting", True, None)
+        self._phase = Phase(0, "starting")
         self._meeting = False  # the main thread waits for ranks to come
         self._connected = launched_processes() == 1
         self._started = False  # has a step behind it
@@ -208,15 +217,17 @@ class Watchdog:
         doing: str,
         *,
         slow: bool = False,
+        saves: bool = False,
         awaited: Callable[[], int | None] | None = None,
     ) -> None:
         """The main thread comes to a phase.
 
         Args:
             slow: single calls may keep it there.
+            saves: what keeps it is the thread that writes a checkpoint, where there is one.
             awaited: gives the process that it waits for, where it does.
         """
-        self._phase = (self._phase[0] + 1, doing, slow, awaited)
+        self._phase = Phase(self._phase.number + 1, doing, slow, saves, awaited)
 
     def stepped(self) -> None:
         """A step is done: what can be lost from here on is waited for."""
@@ -291,8 +302,8 @@ class Watchdog:
         frames = sys._current_frames()
         frame = frames.pop(self._main, None)
         frames.pop(threading.get_ident())
-        phase, doing, slow, awaited = self._phase
-        trace, others = (phase, *_trace(frame)), [tuple(_trace(each)) for each in frames.values()]
+        number, doing, slow, saves, awaited = self._phase
+        trace, others = (number, *_trace(frame)), [tuple(_trace(each)) for each in frames.values()]
         moved, others_moved = trace != self._trace, others != self._others
         self._trace, self._others = trace, others
         still = 0.0 if moved else self._beat.still + passed
@@ -308,8 +319,12 @@ class Watchdog:
                 limit = SLOW
             elif still > SLOW:
                 idle = still
-        self._beat = Beat(doing, _place(frame), still, idle, limit)
         self._look_at_writer(frames, passed)
+        if self._writer is not None and saves and still:
+            idle = max(idle, self._writer.idle)
+        self._beat = Beat(doing, _place(frame), still, idle, limit)
+        if self._writer is not None:
+            self._beat.writer, self._beat.writer_idle = self._writer.at, self._writer.idle
         if idle > self._timeout / 2:
             self._beat.others = self._waited_for(awaited and awaited())
         for peer in self._peers.values():
@@ -350,7 +365,7 @@ class Watchdog:
             writer.idle = 0.0 if worked or now is None else writer.idle + passed
             if writer.still > SLOW:
                 writer.idle = writer.still
-        self._beat.writer, self._beat.writer_idle = _place(frame), writer.idle
+        writer.at = _place(frame)
 
     def _waited_for(self, awaited: int | None) -> str:
         """Threads and processes that the main thread may be waiting for."""

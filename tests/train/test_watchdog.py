@@ -254,6 +254,20 @@ def test_a_checkpoint_that_stalls_is_told_of_while_training_goes_on(
     assert (config.out / "checkpoints" / "step-00000003").is_dir()
 
 
+def test_a_run_that_has_to_wait_for_a_checkpoint_that_stalls_ends_at_once(
+    tiny: Tiny, job: Job
+) -> None:
+    config = endless(tiny, 6.0)
+    where = ("lst.train.checkpointer", "save_checkpoint", 1, HANG)
+    ranks = job(config, patched=where, first=ONE_CHECKPOINT)
+    wait_until(lambda: "training goes on" in ranks.printed(), ranks)
+    started = time.monotonic()
+    os.kill(ranks.pids[0], signal.SIGTERM)  # and the run waits for what is being written
+    assert ranks.codes == [1]
+    assert time.monotonic() - started < 4
+    assert re.match(r"no progress for .* whose checkpoint writer is at <string>:1 ", reason(config))
+
+
 @needs_proc
 def test_a_checkpoint_that_takes_long_is_not_told_of(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
