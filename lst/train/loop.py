@@ -245,12 +245,14 @@ def take_steps(run: Run, interrupt: Interrupt) -> None:
                 tell_left_out(run)
                 run.state = replace(run.state, validated=step)
         last = stop or step == config.steps
-        run.watch.now("a checkpoint", slow=True, saves=True)
+        run.watch.now("a checkpoint", slow=True)
         run.checkpoints.poll(step, run.watch.stalled)
         if run.checkpoints.due(step, last=last):
             log.sync()
             run.state = replace(run.state, seconds=log.seconds)
+            run.watch.now("a checkpoint", slow=True, saves=True)
             run.checkpoints.save(run.state, model, run.optimizer)
+        run.watch.now("a checkpoint", slow=True, saves=last)
         run.status.running(step, run.checkpoints.saved)
         if last:
             run.checkpoints.finish()

@@ -224,7 +224,7 @@ class Watchdog:
 
         Args:
             slow: single calls may keep it there.
-            saves: what keeps it is the thread that writes a checkpoint, where there is one.
+            saves: it waits for the thread that writes a checkpoint, where there is one.
             awaited: gives the process that it waits for, where it does.
         """
         self._phase = Phase(self._phase.number + 1, doing, slow, saves, awaited)
