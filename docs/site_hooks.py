@@ -2,7 +2,7 @@
 
 Files outside of docs/ that a page links to, results and sources, come along with the site; links to
 folders and to the README become plain text. Roles in docstrings, such as ``:class:``, which
-Markdown does not know, are left out.
+Markdown does not know, are left out, and so are the colons that announce a literal block there.
 """
 
 import re
@@ -13,6 +13,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 FOLDER = "repository"  # of the site
+LITERAL = re.compile(r"<p>::</p>\n?|:(?=:</p>)")
 ROLE = re.compile(r":(?:mod|class|func|meth|attr):(?=<code>)")
 LINK = re.compile(r"\[([^\]]*)\]\(((?:\.\./)+[^)\s#]+)\)")
 
@@ -37,4 +38,4 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
 
 
 def on_page_content(html: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    return ROLE.sub("", html)
+    return LITERAL.sub("", ROLE.sub("", html))

@@ -116,6 +116,14 @@ def test_every_link_of_the_site_leads_somewhere(site):
     assert dead == []
 
 
+def test_the_reference_has_the_comments_of_fields(site):
+    pages = {path.name: path.read_text() for path in site if path.parent.name == "api"}
+    for comment in ("int32, token offset of each patch; last = T", "scores needed: the sum of"):
+        assert comment in pages["kernels.html"]
+    assert "of the initial weights, the order of the data and the interleaving" in pages["lst.html"]
+    assert not re.search("::</p>", "".join(pages.values()))
+
+
 def test_the_reference_has_every_public_name(site):
     (page,) = (page for path, page in site.items() if path.match("api/kernels.html"))
     assert {f"lst_kernels.{name}" for name in lst_kernels.__all__} <= page.ids

@@ -32,7 +32,10 @@ BYTES_PER_CHUNK = 4.0
 
 
 class Block(nn.Module):
-    """Attention within documents, and a feed-forward."""
+    """Attention within documents, and a feed-forward.
+
+    Ranges of keys are made in every call; of more layers, `ranges=` lets all share one.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -19,7 +19,10 @@ SIZE, WIDTH, HEADS = 4, 64, 4
 
 
 class Block(nn.Module):
-    """Causal attention among the units that share a document, and a feed-forward."""
+    """Causal attention among the units that share a document, and a feed-forward.
+
+    Ranges of keys are made in every call; of more layers, `ranges=` lets all share one.
+    """
 
     def __init__(self) -> None:
         super().__init__()
