@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from lst_kernels import backends, flash
+from lst_kernels.checks import check_float, check_offset_values, check_offsets
 from lst_kernels.ranges import KeyRanges, assemble, causal_ranges
 
 __all__ = ["block_causal_attention", "range_attention", "sliding_window_attention"]
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_HEAD_DIM = 256
 
 
@@ -181,7 +181,7 @@ def _attend_causally(
             q, k, v, cu, window=window, max_length=max_length, scale=scale
         )
     if ranges is None:
-        _check_offsets(cu, cu_name, len(q), max_length)
+        _check_lengths(cu, cu_name, len(q), max_length)
         ranges = causal_ranges(
             cu, num_rows=len(q), window=window, max_length=max_length, num_live=len(q)
         )
@@ -227,12 +227,9 @@ def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
         ("k", k, "(K, Hkv, D)"),
         ("v", v, "(K, Hkv, D)"),
     ):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor of shape {shape}; got {type(x).__name__}")
+        check_float(name, x)
         if x.ndim != 3:
             raise ValueError(f"{name} must be {shape}; got shape {tuple(x.shape)}")
-        if x.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64; got {x.dtype}")
         if x.dtype != q.dtype:
             raise TypeError(f"{name} is {x.dtype}, but q is {q.dtype}")
         if x.device != q.device:
@@ -268,14 +265,7 @@ def _check_ranges(q: Tensor, k: Tensor, ranges: KeyRanges) -> None:
 def _check_causal(q: Tensor, k: Tensor, cu: Tensor, cu_name: str) -> None:
     if q.shape[0] != k.shape[0]:
         raise ValueError(f"k has {k.shape[0]} rows, but q has {q.shape[0]}")
-    if not isinstance(cu, Tensor):
-        raise TypeError(f"{cu_name} must be (N+1,) int32 offsets; got {type(cu).__name__}")
-    if cu.ndim != 1 or cu.dtype != torch.int32 or cu.shape[0] == 0:
-        raise TypeError(
-            f"{cu_name} must be (N+1,) int32 offsets; got {cu.dtype} of shape {tuple(cu.shape)}"
-        )
-    if cu.device != q.device:
-        raise ValueError(f"{cu_name} is on {cu.device}, but q is on {q.device}")
+    check_offsets(cu_name, cu, "q", q)
 
 
 def _check_window(ranges: KeyRanges, window: int | None) -> None:
@@ -286,22 +276,12 @@ def _check_window(ranges: KeyRanges, window: int | None) -> None:
         raise ValueError(f"window is {window}, but a query of ranges reads {ranges.max_keys} keys")
 
 
-def _check_offsets(cu: Tensor, cu_name: str, num_rows: int, max_length: int) -> None:
+def _check_lengths(cu: Tensor, cu_name: str, num_rows: int, max_length: int) -> None:
     """Reads the offsets, so on the CPU alone."""
     if cu.device.type != "cpu":
         return
-    lengths = torch.diff(cu)
-    if cu[0] != 0:
-        raise ValueError(f"{cu_name} must start at 0; got {int(cu[0])}")
-    if (lengths < 0).any():
-        i = int((lengths < 0).nonzero()[0])
-        raise ValueError(
-            f"{cu_name} must not decrease; at offset {i + 1} it falls from "
-            f"{int(cu[i])} to {int(cu[i + 1])}"
-        )
-    if cu[-1] != num_rows:
-        raise ValueError(f"{cu_name} ends at {int(cu[-1])}, but q has {num_rows} rows")
-    longest = int(lengths.max()) if len(lengths) else 0
+    check_offset_values(cu_name, cu, "q", num_rows)
+    longest = int(torch.diff(cu).max()) if len(cu) > 1 else 0
     if longest > max_length:
         raise ValueError(f"max_length is {max_length}, but a document of {longest} rows is longer")
 

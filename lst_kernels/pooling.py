@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 
 from lst_kernels import backends
+from lst_kernels.checks import check_float
 from lst_kernels.layout import PatchLayout
 
 __all__ = ["patch_expand", "patch_pool"]
 
 Reduce: TypeAlias = Literal["mean", "sum", "max", "min", "first", "last"]
 REDUCES = ("mean", "sum", "max", "min", "first", "last")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def patch_pool(
@@ -129,13 +129,8 @@ def _check_rows(
 ) -> None:
     if not isinstance(layout, PatchLayout):
         raise TypeError(f"layout must be a PatchLayout; got {type(layout).__name__}")
-    if not isinstance(x, Tensor):
-        raise TypeError(
-            f"{name} must be a tensor with a row for each of the {kind}; got {type(x).__name__}"
-        )
+    check_float(name, x)
     num_rows = layout.num_tokens if kind == "tokens" else layout.num_patches
-    if x.dtype not in DTYPES:
-        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64; got {x.dtype}")
     if x.ndim == 0 or x.shape[0] != num_rows:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, but the layout has {num_rows} {kind}")
     if x.device != layout.device:
@@ -143,9 +138,9 @@ def _check_rows(
 
 
 def _check_residual(residual: Tensor, z: Tensor, layout: PatchLayout) -> None:
+    _check_rows("residual", residual, layout, "tokens")
     if residual.dtype != z.dtype:
         raise TypeError(f"residual is {residual.dtype}, but z is {z.dtype}")
-    _check_rows("residual", residual, layout, "tokens")
     if residual.shape[1:] != z.shape[1:]:
         raise ValueError(
             f"residual has rows of shape {tuple(residual.shape[1:])}, but z of {tuple(z.shape[1:])}"

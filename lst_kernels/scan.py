@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 
 from lst_kernels import backends
+from lst_kernels.checks import check_float, check_offset_values, check_offsets
 
 __all__ = ["segment_scan"]
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def segment_scan(x: Tensor, decay: Tensor, cu_segments: Tensor, *, backend: str = "auto") -> Tensor:
@@ -69,43 +68,20 @@ def _describe(
 
 
 def _check(x: Tensor, decay: Tensor, cu_segments: Tensor) -> None:
-    for name, tensor in (("x", x), ("decay", decay), ("cu_segments", cu_segments)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}")
-    if x.dtype not in DTYPES:
-        raise TypeError(f"x must be float32, bfloat16, float16 or float64; got {x.dtype}")
+    check_float("x", x)
     if x.ndim == 0:
         raise ValueError("x must have rows; got shape ()")
     precise = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if decay.dtype != precise:
-        raise TypeError(f"decay must be {precise} for an x of {x.dtype}; got {decay.dtype}")
+    got = decay.dtype if isinstance(decay, Tensor) else type(decay).__name__
+    if got != precise:
+        raise TypeError(f"decay must be {precise} for an x of {x.dtype}; got {got}")
     if decay.shape != x.shape[:1]:
         raise ValueError(f"decay has shape {tuple(decay.shape)}, but x has {x.shape[0]} rows")
-    if cu_segments.ndim != 1 or cu_segments.dtype != torch.int32 or cu_segments.shape[0] == 0:
-        raise TypeError(
-            f"cu_segments must be (N+1,) int32 offsets; got {cu_segments.dtype} of shape "
-            f"{tuple(cu_segments.shape)}"
-        )
-    for name, tensor in (("decay", decay), ("cu_segments", cu_segments)):
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}, but x is on {x.device}")
+    if decay.device != x.device:
+        raise ValueError(f"decay is on {decay.device}, but x is on {x.device}")
+    check_offsets("cu_segments", cu_segments, "x", x)
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_offsets(cu_segments, x.shape[0])
-
-
-def _check_offsets(cu_segments: Tensor, num_rows: int) -> None:
-    """Reads the offsets, so on the CPU alone."""
-    if cu_segments[0] != 0:
-        raise ValueError(f"cu_segments must start at 0; got {int(cu_segments[0])}")
-    falls = cu_segments[1:] < cu_segments[:-1]
-    if falls.any():
-        i = int(falls.nonzero()[0])
-        raise ValueError(
-            f"cu_segments must not decrease; at offset {i + 1} it falls from "
-            f"{int(cu_segments[i])} to {int(cu_segments[i + 1])}"
-        )
-    if cu_segments[-1] != num_rows:
-        raise ValueError(f"cu_segments ends at {int(cu_segments[-1])}, but x has {num_rows} rows")
+        check_offset_values("cu_segments", cu_segments, "x", x.shape[0])
 
 
 # --- the operators ---

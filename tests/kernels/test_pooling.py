@@ -373,7 +373,7 @@ LAYOUT = PatchLayout.from_lengths([2, 3], [2])
         (
             lambda: patch_expand([1.0, 2.0], LAYOUT),
             TypeError,
-            "z must be a tensor with a row for each of the patches; got list",
+            "z must be a tensor; got list",
         ),
         (
             lambda: patch_pool(torch.ones(5, 2).long(), LAYOUT),

@@ -257,7 +257,7 @@ X, DECAY, CU = torch.ones(5, 2), torch.ones(5), PatchLayout.from_lengths([2, 3],
         (
             lambda: segment_scan(X, DECAY, [0, 5]),
             TypeError,
-            "cu_segments must be a tensor; got list",
+            "cu_segments must be (N+1,) int32 offsets; got list",
         ),
         (
             lambda: segment_scan(X.bfloat16(), DECAY.bfloat16(), CU),
