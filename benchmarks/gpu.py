@@ -4,11 +4,11 @@
 
     python -m benchmarks.gpu --out DIR
 
-needs the repository, torch with CUDA, Triton, numpy and pytest, and under 8 minutes; nothing is
+needs the repository, torch with CUDA, Triton, numpy and pyarrow, and under 8 minutes; nothing is
 installed or downloaded, and the package need not be installed: run it in the repository's root.
-(hypothesis and pytest-timeout are needed for the test suite alone, pytest-xdist quickens it; what
-is absent is said.) It writes ``DIR/<gpu>-<date>.json`` anew after each part, so that a run cut
-short keeps what it measured, and ends with a table of the project's targets beside the figures.
+(pytest, hypothesis and pytest-timeout are needed for the test suite alone, pytest-xdist quickens
+it; what is absent is said.) It writes ``DIR/<gpu>-<date>.json`` anew after each part, so that a run
+cut short keeps what it measured, and ends with a table of the project's targets beside the figures.
 The exit status is 1 where a check failed; a target not met is no failure.
 
     floor of a memory-bound op:    its inputs and outputs, each byte once, over the copy bandwidth
@@ -17,10 +17,10 @@ The exit status is 1 where a check failed; a target not met is no failure.
 1. **Limits**, measured here: bandwidth of a large copy (read + written), rate of a bf16 product.
 2. **Checks.** Each op at the benchmark's heads and patterns, fewer tokens, in bfloat16 against
    dense float64 (twice the error of eager bfloat16 plus four roundings); a second run gives the
-   same bits and asks the device nothing; more than 2³¹ elements; ``pytest tests/kernels -m gpu``.
-   An op whose check fails gets no figure.
-3. **Memory-bound ops** at T = 65,536: the encoder's attention and the poolings, forward and
-   backward, as a share of the copy bandwidth; torch's own ways beside them.
+   same bits and asks the device nothing; more than 2³¹ elements; the library's tests, as many as
+   two minutes allow. An op whose check fails gets no figure.
+3. **Memory-bound ops** at T = 65,536: the encoder's attention, the poolings and the scan, forward
+   and backward, as a share of the copy bandwidth; torch's own ways beside them.
 4. **Decoder, encoder, sliding window, block-causal** beside compiled flex_attention, with and
    without the building of its mask, dense-mask SDPA and ``varlen_attn``, forward and backward.
 5. **The plan**: layout and ranges of a batch of 65,536 tokens, made on the CPU and moved, beside
@@ -54,6 +54,7 @@ from benchmarks.gpu_checks import (
     check_attention,
     check_beyond_int32,
     check_pooling,
+    check_scan,
     difference,
     feature_rows,
     flash_call,
@@ -73,13 +74,21 @@ from benchmarks.shapes import (
     static_layout,
 )
 from lst.machine import describe_machine, file_stem
-from lst_kernels import KeyRanges, PatchLayout, flash, patch_expand, patch_pool, range_attention
+from lst_kernels import (
+    KeyRanges,
+    PatchLayout,
+    flash,
+    patch_expand,
+    patch_pool,
+    range_attention,
+    segment_scan,
+)
 
 TOKENS = 65_536
 CHECKED_TOKENS = 2048
 BEYOND_INT32 = 2_211_840  # tokens: 135 documents, 2.26e9 elements of 1024 features
 MINUTES = 8.0
-SUITE_SECONDS = 180
+SUITE_SECONDS = 120
 MODEL_SECONDS = 100  # kept free for train_steps
 
 
@@ -173,10 +182,12 @@ class Sets:
         return [out, *torch.autograd.grad(out, inputs, grad)]
 
     def backward(self) -> Run:
-        """Goes back from outputs that are there already."""
-        outs = [self.function(*inputs) for inputs, _ in self.sets]
+        """Goes back from outputs that are there since the first call."""
+        outs: list[Tensor] = []
 
         def run(number: int) -> list[Tensor]:
+            if not outs:
+                outs.extend(self.function(*inputs) for inputs, _ in self.sets)
             inputs, grad = self.sets[number % len(self.sets)]
             out = outs[number % len(self.sets)]
             return list(torch.autograd.grad(out, inputs, grad, retain_graph=True))
@@ -403,6 +414,50 @@ def _indexing(sets: Sets, ids: Tensor) -> Peer:
     return Peer(Sets(lambda z: z[ids], sets.sets).both)
 
 
+def measure_scan(
+    report: Report, timer: Any, num_tokens: int, device: torch.device, bandwidth: float
+) -> None:
+    """Memory-bound, without a target: forward reads x and writes y; backward reads dy and y and
+    writes dx. The decays and their gradient are a thousandth of that."""
+    layout = static_layout(num_tokens)
+    cu = layout.cu_tokens.to(device)
+    rows = [feature_rows(num_tokens, device, seed) for seed in range(4)]
+    decays = [torch.rand(num_tokens, device=device) for _ in range(2)]
+    sets = Sets(
+        lambda x, decay: segment_scan(x, decay, cu, backend=BACKEND),
+        [([x.requires_grad_(), decay.requires_grad_()], grad)
+         for x, decay, grad in zip(rows[:2], decays, rows[2:], strict=True)],
+    )  # fmt: skip
+    facts = {
+        "op": "segment_scan", "case": "segment_scan, documents", "dtype": "bfloat16",
+        "shape": {"rows": num_tokens, "segments": layout.num_documents, "features": FEATURES},
+    }  # fmt: skip
+    read = nbytes(rows[0], decays[0], cu)
+    peers = {"associative_scan": lambda: Peer(Sets(scan_peer(cu), sets.sets).forward)}
+    for what, run, size, others in (
+        ("forward", sets.forward, read + nbytes(rows[0]), peers),
+        ("backward", sets.backward(), read + nbytes(*rows[:2], decays[0]), {}),
+    ):
+        compare(
+            report, timer, {"lst_kernels": run}, others, facts, what,
+            nbytes=size, bandwidth=bandwidth,
+        )  # fmt: skip
+
+
+def scan_peer(cu: Tensor) -> Function:
+    """torch's own scan, by halves: the one way of torch that takes no step for every row."""
+    from torch._higher_order_ops import associative_scan
+
+    def join(left: list[Tensor], right: list[Tensor]) -> list[Tensor]:
+        return [left[0] * right[0], right[0] * left[1] + right[1]]
+
+    def call(x: Tensor, decay: Tensor) -> Tensor:
+        gates = decay.index_fill(0, cu[:-1].long(), 0)[:, None].expand(x.shape).contiguous()
+        return associative_scan(join, [gates, x.float()], 0, combine_mode="generic")[1].to(x.dtype)
+
+    return call
+
+
 def measure_causal(report: Report, timer: Any, num_tokens: int, device: torch.device) -> None:
     """Ours through FlashAttention and through Triton, beside torch's varlen_attn."""
     for case in causal_cases(num_tokens, device):
@@ -598,6 +653,8 @@ def measure(report: Report, timer: Timer, device: torch.device, keep_seconds: fl
         check_attention(report, CHECKED_TOKENS, device)
     with report.part("checks: pooling"):
         check_pooling(report, CHECKED_TOKENS, device)
+    with report.part("checks: scan"):
+        check_scan(report, CHECKED_TOKENS, device)
     with report.part("checks: more than 2³¹ elements"):
         check_beyond_int32(report, BEYOND_INT32, device)
     with report.part("checks: the library's tests"):
@@ -606,6 +663,8 @@ def measure(report: Report, timer: Timer, device: torch.device, keep_seconds: fl
         measure_encoder(report, timer, TOKENS, device, bandwidth)
     with report.part("pooling"):
         measure_pooling(report, timer, TOKENS, device, bandwidth)
+    with report.part("scan"):
+        measure_scan(report, timer, TOKENS, device, bandwidth)
     with report.part("causal"):
         measure_causal(report, timer, TOKENS, device)
     with report.part("plan"):

@@ -1,6 +1,7 @@
 """Whether the ops are right on this GPU, before `benchmarks.gpu` measures one of them."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,11 +28,19 @@ from benchmarks.shapes import (
     excess_error,
     static_layout,
 )
-from lst_kernels import KeyRanges, PatchLayout, flash, patch_expand, patch_pool, range_attention
+from lst_kernels import (
+    KeyRanges,
+    PatchLayout,
+    flash,
+    patch_expand,
+    patch_pool,
+    range_attention,
+    segment_scan,
+)
 
 __all__ = [
     "BACKEND", "ROOT", "Function", "check_attention", "check_beyond_int32", "check_pooling",
-    "difference", "feature_rows", "flash_call", "run_suite",
+    "check_scan", "difference", "feature_rows", "flash_call", "run_suite",
 ]  # fmt: skip
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -161,6 +170,34 @@ def check_pooling(report: Report, num_tokens: int, device: torch.device) -> None
             )  # fmt: skip
 
 
+def scan_call(cu: Tensor, backend: str) -> Function:
+    """segment_scan with a decay in any precision, as `_with_gradients` makes it."""
+
+    def call(x: Tensor, decay: Tensor) -> Tensor:
+        precise = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return segment_scan(x, decay.to(precise), cu, backend=backend)
+
+    return call
+
+
+def check_scan(report: Report, num_tokens: int, device: torch.device) -> None:
+    """Each gradient by itself: the decay's is a sum over features, and much the larger."""
+    layout = static_layout(num_tokens)
+    x, grad = (feature_rows(num_tokens, device, seed) for seed in (0, 1))
+    decay = torch.rand(num_tokens, device=device).to(x.dtype)
+    for name, offsets in (("documents", layout.cu_tokens), ("patches", layout.cu_patches)):
+        ours, oracle = (scan_call(offsets.to(device), each) for each in (BACKEND, "reference"))
+        check_function(
+            report, "segment_scan", f"segment_scan, {name}: x",
+            lambda x, of=ours: of(x, decay), lambda x, of=oracle: of(x, decay), [x], grad,
+        )  # fmt: skip
+        check_function(
+            report, "segment_scan", f"segment_scan, {name}: decay",
+            lambda decay, of=ours: of(x.to(decay.dtype), decay),
+            lambda decay, of=oracle: of(x.to(decay.dtype), decay), [decay], grad,
+        )  # fmt: skip
+
+
 def check_beyond_int32(report: Report, num_tokens: int, device: torch.device) -> None:
     """More elements than an int32 counts: the last document gives what it gives on its own."""
     free, _ = torch.cuda.mem_get_info(device)
@@ -198,6 +235,11 @@ def check_beyond_int32(report: Report, num_tokens: int, device: torch.device) ->
         lambda z: patch_expand(z, alone, backend=BACKEND),
         [alone.num_patches, alone.num_tokens],
     )  # fmt: skip
+    check_tail(
+        report, "segment_scan", [x, torch.rand(len(x), device=device)], x,
+        scan_call(whole.cu_tokens, BACKEND), scan_call(alone.cu_tokens, BACKEND),
+        [alone.num_tokens] * 3,
+    )  # fmt: skip
 
 
 def check_tail(
@@ -231,32 +273,48 @@ def feature_rows(number: int, device: torch.device, seed: int) -> Tensor:
     return torch.randn(number, FEATURES, generator=generator, device=device, dtype=torch.bfloat16)
 
 
+SUITE = "the library's tests on the GPU"
+SUITE_FILES = ("test_gpu.py", "triton_attention.py", "triton_pooling.py", "triton_scan.py")
+WORKERS = 12  # where pytest-xdist is there: most of the time goes into compiling kernels
+
+
 def run_suite(report: Report, seconds: float) -> None:
-    """The library's own tests on this GPU. What fails there fails the ops that its name tells."""
-    results = report.path.with_suffix(".tests.xml")
-    results.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "tests/kernels", "-m", "gpu", "-q"]
-    command += ["-p", "no:cacheprovider", f"--junitxml={results}"]
-    if importlib.util.find_spec("xdist"):
-        command += ["-n", "8"]
+    """The library's own tests on this GPU. What fails there fails the ops that its name tells.
+
+    After ``seconds`` no further test begins; what ran until then counts. Tests of more than 2³¹
+    elements are left to `check_beyond_int32`, for side by side they would not fit the memory.
+    """
     for needed in ("hypothesis", "pytest_timeout"):
         if importlib.util.find_spec(needed) is None:
-            report.skip("pytest tests/kernels -m gpu", f"{needed} is not installed")
+            report.skip(SUITE, f"{needed} is not installed")
             return
+    results = report.path.with_suffix(".tests.xml")
+    results.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", *(f"tests/kernels/{name}" for name in SUITE_FILES)]
+    command += ["-m", "gpu or not gpu", "-k", "not two_to_the_31", "-q", "-p", "no:cacheprovider"]
+    command += [f"--session-timeout={seconds:g}", f"--junitxml={results}"]
+    if importlib.util.find_spec("xdist"):
+        workers = min(WORKERS, len(os.sched_getaffinity(0)))
+        command += ["-n", str(workers), "--dist", "worksteal"]
+    limit = seconds + 60  # for the tests that have begun by then
     try:
         run = subprocess.run(
-            command, cwd=ROOT, timeout=seconds, capture_output=True, text=True, check=False
-        )
+            command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=limit,
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
-        report.skip("pytest tests/kernels -m gpu", f"it took more than {seconds:.0f} s")
+        report.skip(SUITE, f"it took more than {limit:.0f} s")
         return
     said = run.stdout.strip().splitlines()
     print("   " + (said[-1] if said else f"exit status {run.returncode}"), flush=True)
-    if run.returncode not in (0, 1) or not results.exists():
+    cut_short = "session-timeout:" in run.stdout
+    if not results.exists() or (run.returncode not in (0, 1) and not cut_short):
         tail = " | ".join((said + run.stderr.strip().splitlines())[-3:])
-        report.skip("pytest tests/kernels -m gpu", f"exit status {run.returncode}: {tail}")
+        report.skip(SUITE, f"exit status {run.returncode}: {tail}")
         return
     record_suite(report, results)
+    if cut_short:
+        report.skip(f"the rest of {SUITE}", f"{seconds:g} s were over")
 
 
 ATTENTION, POOLING = ("encoder", "decoder", "causal"), ("patch_pool", "patch_expand")
@@ -264,7 +322,7 @@ ATTENTION, POOLING = ("encoder", "decoder", "causal"), ("patch_pool", "patch_exp
 TESTED: dict[str, tuple[str, ...]] = {
     "flash": ("flash",), "encoder": ("encoder",), "decoder": ("decoder",), "sliding": ("causal",),
     "causal": ("causal",), "patch_pool": ("patch_pool",), "patch_expand": ("patch_expand",),
-    "attention": ATTENTION, "pooling": POOLING,
+    "scan": ("segment_scan",), "attention": ATTENTION, "pooling": POOLING,
 }  # fmt: skip
 
 
@@ -275,11 +333,9 @@ def record_suite(report: Report, results: Path) -> None:
     failed = [case for case in cases if case.find("failure") is not None]
     failed += [case for case in cases if case.find("error") is not None]
     for case in failed:
-        name = case.get("name", "")
+        name = f"{case.get('classname', '').rpartition('.')[2]}: {case.get('name', '')}"
         told = (ops for word, ops in TESTED.items() if word in name)
-        for op in next(told, ("flash", *ATTENTION, *POOLING)):
+        for op in next(told, ("flash", *ATTENTION, *POOLING, "segment_scan")):
             report.check(op, f"tests/kernels: {name}", "failed")
     ran = len(cases) - len(failed) - sum(case.find("skipped") is not None for case in cases)
-    report.check(
-        "suite", "pytest tests/kernels -m gpu", "passed" if ran else "ran no test", ran=ran
-    )
+    report.check("suite", SUITE, "passed" if ran else "ran no test", ran=ran)

@@ -31,13 +31,15 @@ class Timing:
 class Timer:
     """Times calls on a CUDA device with events, in turn, each with cold caches.
 
-    Before a call the device sleeps, so that everything the call launches is queued by the time it
-    starts: what is measured is the device's time, not Python's. Then a buffer of four times the L2
-    cache is read. (Read, not written: dirty lines would be written back on the call's time.)
+    Before a call the device sleeps, for twice as long as Python takes over it, so that everything
+    the call launches is queued by the time it starts: what is measured is the device's time, not
+    Python's. Then a buffer of four times the L2 cache is read. (Read, not written: dirty lines
+    would be written back on the call's time.)
     """
 
     WARM_UP = 3
-    SLEEP_CYCLES = 4_000_000  # about 2 ms
+    CYCLES = 2e9  # of the device's clock in a second, about
+    SLEEP = 1e-3, 20e-3  # seconds: at least, at most
     BUDGET = 400.0  # ms for the rounds of one call, if its rounds are not bound otherwise
     MOST_ROUNDS, FEWEST_ROUNDS = 30, 3
 
@@ -48,26 +50,32 @@ class Timer:
 
     def race(self, runs: Mapping[str, Run]) -> dict[str, Timing]:
         """Time each of ``runs``, one round of each after the other."""
-        estimates = {name: self._estimate(run) for name, run in runs.items()}
+        sleeps = {name: self._warm_up(run) for name, run in runs.items()}
+        estimates = {name: self._once(run, 0, sleeps[name]) for name, run in runs.items()}
         rounds = {
-            name: min(max(int(self.BUDGET / ms), self.FEWEST_ROUNDS), self.MOST_ROUNDS)
+            name: min(max(int(self.BUDGET / max(ms, 1e-3)), self.FEWEST_ROUNDS), self.MOST_ROUNDS)
             for name, ms in estimates.items()
         }
         taken: dict[str, list[float]] = {name: [] for name in runs}
         for number in range(max(rounds.values())):
             for name, run in runs.items():
                 if number < rounds[name]:
-                    taken[name].append(self._once(run, number))
+                    taken[name].append(self._once(run, number, sleeps[name]))
         return {name: _timing(times) for name, times in taken.items()}
 
-    def _estimate(self, run: Run) -> float:
+    def _warm_up(self, run: Run) -> int:
+        """Cycles of sleep before each call of ``run``: twice the time of Python's part in it."""
         for number in range(self.WARM_UP):
+            torch.cuda.synchronize()
+            begun = time.perf_counter()
             run(number)
-        return max(self._once(run, 0), 1e-3)
+            seconds = time.perf_counter() - begun
+        least, most = self.SLEEP
+        return int(self.CYCLES * min(max(2 * seconds, least), most))
 
-    def _once(self, run: Run, number: int) -> float:
+    def _once(self, run: Run, number: int, sleep: int) -> float:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(self.SLEEP_CYCLES)
+        torch.cuda._sleep(sleep)
         self._cold.sum()
         start.record()
         run(number)

@@ -31,10 +31,8 @@ vocabulary, Vs of the speech vocabulary.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Annotated
 
 import torch
-import tyro
 from torch import Tensor
 
 from lst.data.batch import Batch
@@ -298,7 +296,7 @@ def _attention(pairs: float, dim: int) -> float:
 class FlopsConfig:
     """Count the compute of a preset, part by part, and what its patches save."""
 
-    preset: Annotated[str, tyro.conf.Positional]  # a name of lst.presets
+    preset: str  # a name of lst.presets
     document_tokens: int = Mix.document_tokens  # length of the documents that attention reads
     num_pieces: int | None = None  # of text; None: of the demo corpus, or of the paper
 
@@ -447,7 +445,10 @@ def _row(name: str, *cells: str) -> str:
 
 
 def main() -> None:
-    print(report(tyro.cli(FlopsConfig, prog="python -m lst.flops")))
+    import tyro  # for the command alone: a GPU machine may have torch and little else
+
+    options = tyro.cli(tyro.conf.PositionalRequiredArgs[FlopsConfig], prog="python -m lst.flops")
+    print(report(options))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ everything but the figures.
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -57,10 +58,11 @@ def named(entries, **facts):
 def test_the_reference_passes_every_check(gpu, report):
     gpu.check_attention(report, TOKENS, CPU)
     gpu.check_pooling(report, TOKENS, CPU)
+    gpu.check_scan(report, TOKENS, CPU)
     assert {check["op"] for check in report.checks} == {
-        *("encoder", "decoder", "causal", "patch_pool", "patch_expand")
+        *("encoder", "decoder", "causal", "patch_pool", "patch_expand", "segment_scan")
     }
-    assert len(report.checks) == 4 + 4 + 2 + 4 + 4
+    assert len(report.checks) == 4 + 4 + 2 + 4 + 4 + 4
     assert not [check for check in report.checks if check["outcome"] != "passed"]
 
 
@@ -145,6 +147,41 @@ def test_memory_bound_figures_count_every_byte_once(gpu, report):
         ]
         assert told, peer
     assert any("varlen_attn" in each["what"] for each in report.not_measured)  # no CPU kernel
+
+
+def test_the_scan_is_set_beside_the_copy_and_torchs_own_scan(gpu, report):
+    gpu.measure_scan(report, Counting(), TOKENS, CPU, 1e6)
+    assert not report.figures
+    pass_checks(report, "segment_scan")
+    gpu.measure_scan(report, Counting(), TOKENS, CPU, 1e6)
+    rows, decays, offsets = TOKENS * 1024 * 2, TOKENS * 4, 4 * (4 + 1)
+    sizes = {"forward": 2 * rows, "backward": 3 * rows + decays}
+    for what, size in sizes.items():
+        (figure,) = named(report.figures, name="lst_kernels", what=what)
+        assert figure["bytes"] == size + decays + offsets
+        assert figure["share_of_copy"] == pytest.approx(figure["bytes"] / 1e6)
+    assert named(report.figures, name="associative_scan"), report.not_measured
+
+
+def test_backward_runs_are_made_when_they_are_first_called(gpu, report, monkeypatch):
+    """An op that raises and whose check failed does not end the part that would measure it."""
+    from benchmarks import gpu_checks
+
+    def broken(*args, **options):
+        raise RuntimeError("no kernel")
+
+    for op in ("range_attention", "patch_pool", "patch_expand", "segment_scan"):
+        for module in (gpu, gpu_checks):
+            monkeypatch.setattr(module, op, broken)
+    gpu.check_attention(report, TOKENS, CPU)
+    gpu.check_pooling(report, TOKENS, CPU)
+    gpu.check_scan(report, TOKENS, CPU)
+    assert {check["outcome"] for check in report.checks} == {"RuntimeError: no kernel"}
+    gpu.measure_encoder(report, Counting(), TOKENS, CPU, 1e6)
+    gpu.measure_pooling(report, Counting(), TOKENS, CPU, 1e6)
+    gpu.measure_scan(report, Counting(), TOKENS, CPU, 1e6)
+    gpu.measure_causal(report, Counting(), TOKENS, CPU)
+    assert not report.figures
 
 
 def test_decoder_and_encoder_are_raced_against_flex_under_the_same_mask(gpu, report, monkeypatch):
@@ -292,9 +329,37 @@ def test_tests_that_fail_fail_the_ops_of_their_names(gpu, report, tmp_path):
     record_suite(report, results)
     failed = {op for op in ("encoder", "decoder", "causal", "flash") if report.failed_check(op)}
     assert failed == {"encoder", "flash"}
-    results.write_text('<testsuite><testcase name="test_e"><failure/></testcase></testsuite>')
+    pass_checks(report, "segment_scan", "patch_pool")
+    results.write_text(
+        '<testsuite><testcase classname="tests.kernels.triton_scan" name="test_e"><failure/>'
+        "</testcase></testsuite>"
+    )
+    record_suite(report, results)
+    assert report.failed_check("segment_scan")
+    assert not report.failed_check("decoder")
+    results.write_text('<testsuite><testcase name="test_f"><failure/></testcase></testsuite>')
     record_suite(report, results)
     assert report.failed_check("decoder")
+    assert report.failed_check("patch_pool")
+
+
+def test_tests_that_ran_before_the_time_was_over_count(gpu, report, monkeypatch):
+    from benchmarks import gpu_checks
+
+    monkeypatch.setattr(gpu_checks, "SUITE_FILES", ("test_schedule.py",))
+    monkeypatch.setattr(gpu_checks, "WORKERS", 1)
+    gpu_checks.run_suite(report, 0.001)
+    (suite,) = report.checks
+    assert (suite["outcome"], suite["ran"]) == ("passed", 1)
+    (rest,) = report.not_measured
+    assert rest["what"].startswith("the rest of")
+
+
+def test_what_the_gpu_benchmarks_import_needs_no_command_line():
+    """A GPU machine may have torch and little else."""
+    blocked = "import sys; sys.modules['tyro'] = None; "
+    modules = "import benchmarks.gpu, benchmarks.train_steps, benchmarks.test_model"
+    subprocess.run([sys.executable, "-c", blocked + modules], cwd=ROOT, check=True)
 
 
 def test_the_plan_is_set_beside_the_modules_that_read_it(gpu, report, monkeypatch):

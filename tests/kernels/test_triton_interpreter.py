@@ -62,6 +62,7 @@ def test_kernels_are_right_in_the_interpreter(file, interpreted):
 
 
 @pytest.mark.gpu
+@pytest.mark.timeout(900)  # a minute or more of it compiling
 @pytest.mark.parametrize("file", FILES)
 def test_kernels_are_right_on_the_gpu(file):
     expect_passed(run(file))
