@@ -14,6 +14,7 @@ requests lie end to end in packed streams.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -34,9 +35,15 @@ try:
     from lm_eval.api.registry import register_model
     from lm_eval.models.utils import normalize_gen_kwargs
 except ImportError:
-    raise UserError(
-        "the harness needs lm-eval, which is not installed: pip install 'lst[eval]'"
-    ) from None
+
+    def absent() -> NoReturn:
+        raise UserError(
+            "the harness needs lm-eval, which is not installed: pip install 'lst[eval]'"
+        ) from None
+
+    if __name__ == "__main__":
+        run_command(absent)
+    absent()
 
 __all__ = ["HarnessModel"]
 

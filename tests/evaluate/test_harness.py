@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -213,3 +215,13 @@ def test_a_task_file_of_ones_own_scores_as_our_command_does(
     assert ours["sum"] == pytest.approx(theirs["acc,none"])
     assert ours["per character"] == pytest.approx(theirs["acc_norm,none"])
     assert 0 < ours["sum"] < 1
+
+
+def test_without_lm_eval_the_command_ends_in_one_line():
+    script = "import runpy, sys; sys.modules['lm_eval'] = None\n"
+    script += "runpy.run_module('lst.evaluate.harness', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: the harness needs lm-eval, which is not installed: pip install 'lst[eval]'\n"
+    )
