@@ -128,6 +128,22 @@ def test_every_section_names_machine_versions_and_commit(folder, tmp_path):
     assert text.count(source) == text.count("\n## ") == len(FILES)
 
 
+def test_the_limits_are_told_where_figures_are_shares_of_them(folder, tmp_path):
+    row = {"case": "pool", "peer": "other", "ours": "1 ms", "theirs": "2 ms", "ratio": 2.0}
+    for question, note in (("kernels", "9 GB/s, 90% of the limit"), ("startup", "")):
+        rows = [row | {"floor": None, "note": note}]
+        write(folder / f"{question}-toy-2026-01-03.json", MACHINE | {"date": "2026-01-03"},
+              question=question, rows=rows)  # fmt: skip
+    text, _ = page(folder, tmp_path / "performance.md")
+    sections = dict(part.split("\n", 1) for part in text.split("\n## ")[1:])
+    assert {
+        name for name, body in sections.items() if "Limits measured in the same run" in body
+    } == {
+        "Kernels on the CPU",
+        "From kernels to the model: where a training step's time goes",
+    }
+
+
 def test_the_gap_adds_up(folder, tmp_path):
     text, _ = page(folder, tmp_path / "performance.md")
     assert "| global transformer | products | 600.0 | 60.0% | 500.0 | FLOPs | 1.20 |" in text
