@@ -17,6 +17,7 @@ import torch
 import tyro
 
 from lst.data.patching import patch_lengths
+from lst.data.records import FRAMES_PER_SECOND
 from lst.errors import UserError, run_command
 from lst.files import expect_absent, making_folder, write_atomically, write_json
 from lst.generate import Continuation, Generator, Sampling
@@ -26,12 +27,10 @@ from lst.generate.sampling import Modality
 from lst.pretrained import Pretrained
 from lst.speech.audio import write_wav
 from lst.speech.sound import UnitVoice, load_voice, sound_of
-from lst.speech.synthesis import SAMPLE_RATE
-from lst.speech.units import FRAME_SAMPLES, LogMelKMeans, UnitEncoder
+from lst.speech.units import LogMelKMeans, UnitEncoder
 from lst.train.checkpoint import load_trained
 from lst.vocabulary import Tokenizer, Vocabulary
 
-FRAMES_PER_SECOND = SAMPLE_RATE // FRAME_SAMPLES
 STORY, UNITS, RESULTS = "continuation.txt", "units.json", "results.jsonl"
 ALIGNED = np.zeros((0, 2), np.int32)  # nothing is
 

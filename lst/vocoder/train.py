@@ -33,6 +33,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lst.data.records import FRAMES_PER_SECOND
 from lst.errors import UserError
 from lst.files import fsync, write_json, writing
 from lst.prepare.sources import Sources, source_kind
@@ -251,7 +252,7 @@ class _Run:
             run.load(folder)
         (config.out / METRICS).touch()
         drop_lines_after(config.out / METRICS, run.step)
-        minutes = sum(len(clip.units) for clip in learnt) / 25 / 60
+        minutes = sum(len(clip.units) for clip in learnt) / FRAMES_PER_SECOND / 60
         print(f"{len(learnt)} recordings, {minutes:.1f} minutes; from step {run.step}", flush=True)
         return run
 
