@@ -5,7 +5,8 @@ then no process group exists and every collective below is the identity.
 """
 
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -17,9 +18,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lst.errors import UserError
+from lst.train.siblings import Siblings
 
 # The longest that ranks wait for each other at the start, as they are launched together.
 MEETING = timedelta(minutes=5)
+LOOK = timedelta(seconds=2)  # between two looks at those of this machine that are late
 # The longest that one waits for another later. Long, as rank 0 alone scores the stories at the end;
 # a rank that dies or hangs is noticed by the watchdog.
 TIMEOUT = timedelta(hours=2)
@@ -106,13 +109,16 @@ def processes_of_a_machine() -> int:
 
 @contextmanager
 def start_world(
-    device: str, meeting: Callable[[], AbstractContextManager[None]] = nullcontext
+    device: str,
+    meeting: Callable[[], AbstractContextManager[None]] = nullcontext,
+    patience: float = 0.0,
 ) -> Iterator[World]:
     """Join the other ranks, and leave them together, after an error too.
 
     Args:
         device: "cpu", "cuda" or "auto" (cuda where there is one).
         meeting: its block is this rank's wait for ranks that have not come yet.
+        patience: seconds that a rank of this machine which has not come may do nothing; 0: any.
     """
     size = launched_processes()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -122,7 +128,7 @@ def start_world(
         if size > 1:
             backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
             with meeting():
-                store = _meet(world)
+                store = _meet(world, patience)
             dist.init_process_group(
                 backend, store=store, rank=world.rank, world_size=size, timeout=TIMEOUT
             )
@@ -146,26 +152,46 @@ def _device(device: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def _meet(world: World) -> dist.Store:
+def _meet(world: World, patience: float) -> dist.Store:
     """Wait until every rank is there; the store over which they make their groups.
 
     Raises:
         UserError: some do not come.
     """
+    until = time.monotonic() + MEETING.total_seconds()
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     expected = f"{where}: expected {world.size} processes to meet within {MEETING.seconds} s"
     try:
         store, *_ = next(dist.rendezvous("env://", world.rank, world.size, timeout=MEETING))
         store.set(f"here/{world.rank}", "")
-        try:
-            store.wait([f"here/{rank}" for rank in range(world.size)], MEETING)
-        except dist.DistStoreError:
-            late = [rank for rank in range(world.size) if not store.check([f"here/{rank}"])]
-            raise UserError(f"{expected}, got none of rank {', '.join(map(str, late))}") from None
+        if store.add("here", 1) == world.size:
+            store.set("met", "")
+        siblings = Siblings(patience)
+        while not _is_set(store, "met", LOOK):
+            late = _late(store, siblings.ranks)
+            if min({world.rank, *siblings.ranks} - {*late}) == world.rank:  # who speaks for them
+                wrong = siblings.look(late, every=LOOK.total_seconds())
+                if wrong is not None:
+                    raise UserError(f"{where}: {wrong}")
+            if time.monotonic() > until:
+                late = _late(store, range(world.size))
+                raise UserError(f"{expected}, got none of rank {', '.join(map(str, late))}")
     except (dist.DistError, ValueError) as error:  # ValueError: a variable is not set
         raise UserError(f"{expected}, got {str(error).splitlines()[0]}") from None
     store.set_timeout(TIMEOUT)
     return store
+
+
+def _is_set(store: dist.Store, key: str, wait: timedelta) -> bool:
+    try:
+        store.wait([key], wait)
+    except dist.DistStoreError:
+        return False
+    return True
+
+
+def _late(store: dist.Store, ranks: Iterable[int]) -> list[int]:
+    return [rank for rank in ranks if not store.check([f"here/{rank}"])]
 
 
 def _leave(farewell: dist.ProcessGroup, kind: type[BaseException] | None, *_: object) -> None:

@@ -57,7 +57,7 @@ from lst.train.distributed import MEETING, World, launched_processes, launched_r
 from lst.train.interrupt import Interrupt
 from lst.train.links import Link, Message, open_links
 from lst.train.status import Status
-from lst.train.work import Work, state_of, work_of_thread, work_so_far
+from lst.train.work import Work, did_work, state_of, work_of_thread, work_so_far
 
 USUAL = 45.0  # seconds of hang_timeout, and those that the other times go by where it is 0
 # Parts of it:
@@ -65,9 +65,6 @@ TICK = 1 / 45  # between two looks at the main thread, and two beats
 SILENCE = 20 / 45  # without a beat
 GRACE = 5 / 45  # for a main thread that was asked to stop before its first step
 SETTLE = 1 / 45  # after a first sign of trouble, for signs that tell more
-# What is work, and not the little that threads do which wait: in all of the timeout
-WORK_SECONDS = 0.5 / 45  # of CPU time, and
-WORK_BYTES = (1 << 20) / 45
 
 SLOW = 600.0  # seconds that work excuses a standstill
 MEET = MEETING.total_seconds() + 60  # that ranks may wait for those to come; they give up before
@@ -335,16 +332,9 @@ class Watchdog:
     def _worked(self, *, own: bool) -> bool:
         """Whether work was done since the last that counted, while the main thread stood still."""
         now = work_so_far()
-        worked = self._differs(self._work, now, own=own)
+        worked = did_work(self._work, now, self._timeout or USUAL, own=own)
         self._work = now if worked else self._work or now
         return worked
-
-    def _differs(self, before: Work | None, now: Work | None, *, own: bool = True) -> bool:
-        unit = self._timeout or USUAL
-        seconds, size = WORK_SECONDS * unit, int(WORK_BYTES * unit)
-        if before is None or now is None:
-            return False
-        return now.differs(before, seconds=seconds, size=size, own=own)
 
     def _look_at_writer(self, frames: dict[int, FrameType], passed: float) -> None:
         thread = next((each for each in threading.enumerate() if each.name == WRITER), None)
@@ -359,7 +349,7 @@ class Watchdog:
             self._writer = writer = Writer(thread, trace)
         else:
             now = work_of_thread(thread.native_id)
-            worked = self._differs(writer.work, now)
+            worked = did_work(writer.work, now, self._timeout or USUAL)
             writer.work = now if worked else writer.work or now
             writer.still += passed
             writer.idle = 0.0 if worked or now is None else writer.idle + passed

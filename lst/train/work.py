@@ -1,4 +1,4 @@
-"""Signs that this process works while its main thread stands still: what Linux counts in /proc.
+"""Signs that a process works while its main thread stands still: what Linux counts in /proc.
 
 A compiler's processes use the CPU, a checkpoint moves bytes, a data worker starts and reads; a
 sleep, a lock, an empty queue and a dead connection do none of it. A wait for a GPU does: the thread
@@ -10,27 +10,43 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-__all__ = ["Work", "state_of", "work_of_thread", "work_so_far"]
+__all__ = [
+    "Work",
+    "descendants",
+    "did_work",
+    "state_of",
+    "work_of",
+    "work_of_thread",
+    "work_so_far",
+]
 
 PROC = Path("/proc")
 TICKS = os.sysconf("SC_CLK_TCK")
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
+# What is work, and not the little that threads do which wait: in all of a timeout, by its length
+WORK_SECONDS = 0.5 / 45  # of CPU time, and
+WORK_BYTES = (1 << 20) / 45
+
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What this process has done since it began, but for the thread that asks; or one thread."""
+    """What a process has done since it began, or one thread of it."""
 
-    seconds: float  # of CPU time, of this process or thread
+    seconds: float  # of CPU time, of the process or thread
     children: float  # of the process's children and theirs, those that have ended too
     moved: int  # bytes read and written, by all of them; files, maps and pipes, no sockets
     flushed: int  # bytes that the machine holds to be written, while a thread waits for a disk
 
     def differs(self, other: "Work", *, seconds: float, size: int, own: bool) -> bool:
-        """Whether more than a little was done between the two; ``own``: this process counts."""
+        """Whether more than a little was done between the two.
+
+        Args:
+            own: the process itself counts, not its children alone.
+        """
         return (
             (own and abs(self.seconds - other.seconds) > seconds)
             or abs(self.children - other.children) > seconds
@@ -39,26 +55,45 @@ class Work:
         )
 
 
+def did_work(before: Work | None, now: Work | None, timeout: float, *, own: bool = True) -> bool:
+    """Whether enough was done between the two to be no hang of ``timeout`` seconds."""
+    if before is None or now is None:
+        return False
+    size = int(WORK_BYTES * timeout)
+    return now.differs(before, seconds=WORK_SECONDS * timeout, size=size, own=own)
+
+
 def work_so_far(proc: Path = PROC) -> Work | None:
-    """None where the system does not tell."""
-    me, thread = os.getpid(), threading.get_native_id()
+    """Of this process, but for the thread that asks; None where the system does not tell."""
+    work = work_of(os.getpid(), proc)
+    if work is None:
+        return None
+    thread = proc / str(os.getpid()) / "task" / str(threading.get_native_id())
+    return replace(
+        work,
+        seconds=work.seconds - time.thread_time(),
+        moved=work.moved - _bytes_moved(thread),
+    )
+
+
+def work_of(pid: int, proc: Path = PROC) -> Work | None:
+    """None where the system does not tell, or it has ended."""
     try:
-        fields = _fields(proc / str(me))
+        fields = _fields(proc / str(pid))
     except OSError:
         return None
     children = _ended(fields)
-    moved = _faulted(fields) + _bytes_moved(proc / str(me))
-    moved -= _bytes_moved(proc / str(me) / "task" / str(thread))
-    for pid in _descendants(proc, me):
+    moved = _faulted(fields) + _bytes_moved(proc / str(pid))
+    for child in descendants(pid, proc):
         with suppress(OSError):
-            their = _fields(proc / str(pid))
+            their = _fields(proc / str(child))
             children += _own(their) + _ended(their)
-            moved += _faulted(their) + _bytes_moved(proc / str(pid))
+            moved += _faulted(their) + _bytes_moved(proc / str(child))
     return Work(
-        seconds=_own(fields) - time.thread_time(),
+        seconds=_own(fields),
         children=children,
         moved=moved,
-        flushed=_to_be_written(proc) if _waits_for_a_disk(proc / str(me)) else 0,
+        flushed=_to_be_written(proc) if _waits_for_a_disk(proc / str(pid)) else 0,
     )
 
 
@@ -113,13 +148,14 @@ def _bytes_moved(process: Path) -> int:
     return sum(int(counts[key]) for key in ("rchar", "wchar", "read_bytes", "write_bytes"))
 
 
-def _descendants(proc: Path, pid: int) -> Iterator[int]:
+def descendants(pid: int, proc: Path = PROC) -> Iterator[int]:
+    """A process's children and theirs, each before its own."""
     with suppress(OSError):
         for thread in (proc / str(pid) / "task").iterdir():
             with suppress(OSError):
                 for child in (thread / "children").read_text().split():
                     yield int(child)
-                    yield from _descendants(proc, int(child))
+                    yield from descendants(int(child), proc)
 
 
 def _waits_for_a_disk(process: Path) -> bool:

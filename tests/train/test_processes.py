@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +137,34 @@ def test_two_processes_say_a_mistake_once_and_end_cleanly(corpus: Path, tmp_path
     assert "exitcode  : 2" in err
     assert "Aborted" not in err
     assert not (tmp_path / "run").exists()
+
+
+# A rank that sleeps before it has a watchdog, as in an import.
+ASLEEP = """
+import os, time
+if os.environ["RANK"] == "1":
+    time.sleep(10_000)
+from lst.errors import run_command
+from lst.train.__main__ import main
+run_command(main)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="told by /proc")
+def test_a_rank_that_does_not_get_as_far_as_the_meeting_is_named_and_ends_the_job(
+    tiny: Tiny,
+) -> None:
+    config = replace(tiny(), hang_timeout=2.0)
+    config.out.mkdir()
+    (config.out / "config.json").write_text(json.dumps(to_json(config)))
+    python = ["--no-python", sys.executable, "-c", ASLEEP, "--resume", config.out]
+    code, _, err = finish(two_processes(*python))
+    assert code == 1
+    said = r"rank 1 \(pid \d+\) has not come, and done nothing for \d s$"
+    assert len(re.findall(f"^error: .*: {said}", err, re.M)) == 1, err
+    status = json.loads((config.out / "status.json").read_text())
+    assert status["state"] == "failed"
+    assert re.search(said, status["reason"])
 
 
 def test_threads_are_shared_between_the_processes_of_a_machine(
