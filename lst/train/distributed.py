@@ -22,7 +22,8 @@ from lst.train.siblings import Siblings
 
 # The longest that ranks wait for each other at the start, as they are launched together.
 MEETING = timedelta(minutes=5)
-LOOK = timedelta(seconds=2)  # between two looks at those of this machine that are late
+ASK = 0.1  # seconds between two questions whether all have come
+LOOK = 2.0  # and between two looks at those of this machine that have not
 # The longest that one waits for another later. Long, as rank 0 alone scores the stories at the end;
 # a rank that dies or hangs is noticed by the watchdog.
 TIMEOUT = timedelta(hours=2)
@@ -170,7 +171,7 @@ def _meet(world: World, patience: float) -> dist.Store:
         while not _is_set(store, "met", LOOK):
             late = _late(store, siblings.ranks)
             if min({world.rank, *siblings.ranks} - {*late}) == world.rank:  # who speaks for them
-                wrong = siblings.look(late, every=LOOK.total_seconds())
+                wrong = siblings.look(late, every=LOOK)
                 if wrong is not None:
                     raise UserError(f"{where}: {wrong}")
             if time.monotonic() > until:
@@ -182,11 +183,13 @@ def _meet(world: World, patience: float) -> dist.Store:
     return store
 
 
-def _is_set(store: dist.Store, key: str, wait: timedelta) -> bool:
-    try:
-        store.wait([key], wait)
-    except dist.DistStoreError:
-        return False
+def _is_set(store: dist.Store, key: str, seconds: float) -> bool:
+    """Within so many; asked for, as a wait of the store that ends in vain fills the console."""
+    until = time.monotonic() + seconds
+    while not store.check([key]):
+        if time.monotonic() > until:
+            return False
+        time.sleep(ASK)
     return True
 
 

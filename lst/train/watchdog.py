@@ -23,7 +23,8 @@ The numbers are for ``hang_timeout = 45`` and go with it. Signs of progress are
 It takes all ranks to make a hang: those that wait for one that is busy are excused. In any phase a
 standstill may last three times the longest that the run has come out of since its first step began.
 Until the ranks are connected each watches itself, by the same times; only its wait for ranks that
-have not come may last as long as they may take.
+have not come may last as long as they may take. Those that have none yet, as they import, are
+watched from beside (:mod:`lst.train.siblings`).
 
 A thread that writes a checkpoint is watched by the same signs, its own alone. Where those of all
 ranks stand still for the timeout, that is told of (:attr:`Watchdog.stalled`) and training goes on:
