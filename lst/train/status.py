@@ -101,9 +101,10 @@ class Status:
         self._write(state="failed", reason=reason)
 
     def stopped(self, reason: str | None = None) -> None:
-        """The run ends as it was asked to."""
+        """The run ends as it was asked to; where its launcher asks as another rank has failed,
+        that is why."""
         name = self._interrupt.signal
-        if self._rank == 0:
+        if self._rank == 0 and not self._failed_elsewhere():
             self._write(state="stopped", reason=reason or name, signal=name)
 
     def __enter__(self) -> Self:
@@ -127,6 +128,15 @@ class Status:
         else:
             self.failed(describe_error(error))
         self._run_lock.release()
+
+    def _failed_elsewhere(self) -> bool:
+        """Whether another rank has, and has written so: this one began by "running"."""
+        if not self._begun:
+            return False
+        try:
+            return bool(json.loads((self._out / STATUS).read_text())["state"] == "failed")
+        except (OSError, ValueError, KeyError):
+            return False
 
     def _write(self, *, state: str, **values: Any) -> None:
         if not self._lock.acquire(timeout=LOCK_SECONDS):  # held by a thread whose disk hangs

@@ -191,6 +191,7 @@ def test_a_rank_that_hangs_before_it_meets_the_others_ends_itself(tiny: Tiny, jo
     assert re.search(r"^error: no progress for . s: rank 1: starting, at <string>:1 ", said, re.M)
     assert "rank 1 was here:" in said
     assert "error: " not in ranks.printed(0)
+    assert re.match("no progress for . s: rank 1: starting, at ", reason(config))
 
 
 def test_a_rank_that_waits_for_others_to_start_may_wait_for_longer(tiny: Tiny, fork: Job) -> None:
