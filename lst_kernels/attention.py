@@ -119,7 +119,9 @@ def sliding_window_attention(
         (T, Hq, D) in q's dtype. Dead tokens get 0, from FlashAttention values without meaning.
 
     Raises:
-        ValueError, TypeError: as in `range_attention`.
+        ValueError: as in `range_attention`; or, told on the CPU alone, the offsets do not fit, or
+            ``ranges`` are of a longer window.
+        TypeError: as in `range_attention`.
     """
     if window < 1:
         raise ValueError(f"window counts the token itself, so it is at least 1; got {window}")
@@ -155,7 +157,8 @@ def block_causal_attention(
         (U, Hq, D) in q's dtype. Dead units get 0, from FlashAttention values without meaning.
 
     Raises:
-        ValueError, TypeError: as in `range_attention`.
+        ValueError: as in `range_attention`; or, told on the CPU alone, the offsets do not fit.
+        TypeError: as in `range_attention`.
     """
     _check_heads(q, k, v)
     chosen = _choose("block_causal_attention", q, backend)

@@ -11,6 +11,7 @@ ones before it by how sure the router was (`segment_scan`), so that the router h
 every byte takes its own chunk (`patch_expand`).
 """
 
+import math
 from itertools import pairwise
 
 import torch
@@ -127,7 +128,7 @@ def train(steps: int = 120) -> tuple[float, float]:
         optimizer.zero_grad()
         (loss + 0.03 * ratio).backward()
         optimizer.step()
-        losses.append(loss.item() / 0.6931)
+        losses.append(loss.item() / math.log(2))
         if step % 30 == 29:
             cuts = layout.cu_patches[: int(layout.cu_documents[1]) + 1].tolist()
             text = bytes(rows[0, :-1].tolist()).decode()

@@ -10,6 +10,8 @@ and `patch_expand`, and the cost is that of reading the tokens once. A group end
 end is known at its last token, which may read it; tokens before the first end get a learnt vector.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -101,7 +103,7 @@ def train(steps: int = 200) -> tuple[float, float]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(loss.item() / 0.6931)
+        losses.append(loss.item() / math.log(2))
         if step % 50 == 49:
             shorter = layout.num_tokens / layout.num_patches
             print(f"step {step + 1}: {losses[-1]:.2f} bits a byte, {shorter:.1f} times shorter")

@@ -9,6 +9,8 @@ of the bytes before it in its patch by the local model, to which every patch is 
 own. Documents may have any length: a last patch that its document cuts short is ragged, not padded.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -88,7 +90,7 @@ def train(steps: int = 250) -> tuple[float, float]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(loss.item() / 0.6931)
+        losses.append(loss.item() / math.log(2))
         if step % 50 == 49:
             print(f"step {step + 1}: {losses[-1]:.2f} bits a byte in {layout.num_patches} patches")
     return sum(losses[:10]) / 10, sum(losses[-10:]) / 10

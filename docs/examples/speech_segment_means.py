@@ -10,6 +10,8 @@ says which patches are words. A dense way builds a (words, frames) mask for ever
 each frame is read once. A word that was aligned to no frame is an empty patch: its mean is 0.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -99,7 +101,7 @@ def train(steps: int = 150) -> tuple[float, float]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(loss.item() / 0.6931)
+        losses.append(loss.item() / math.log(2))
         if step % 50 == 49:
             right = (logits.argmax(1) == said).float().mean()
             print(f"step {step + 1}: {losses[-1]:.2f} bits a word, {right:.0%} right")
