@@ -35,7 +35,9 @@ def unavailable_reason() -> str | None:
         from lst_kernels.triton import launch
     except ImportError as error:
         return f"Triton cannot be imported ({error}); it comes with torch for Linux GPUs"
-    if launch.interpreted() or torch.cuda.is_available():
+    if launch.interpreted():
+        return launch.interpreter_fault()
+    if torch.cuda.is_available():
         return None
     return "there is no GPU, and TRITON_INTERPRET=1 is not set"
 

@@ -8,6 +8,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 from torch import Tensor
@@ -64,3 +65,13 @@ def _architecture(index: int) -> str:
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors."""
     return bool(triton.knobs.runtime.interpret)
+
+
+def interpreter_fault() -> str | None:
+    """Why the interpreter runs no loop of a kernel here, or None: Triton before 3.7 makes numbers
+    of arrays of one element, which NumPy refuses from 2.4 on."""
+    versions = triton.__version__, np.__version__
+    old, new = (tuple(map(int, version.split(".")[:2])) for version in versions)
+    if old >= (3, 7) or new < (2, 4):
+        return None
+    return f"the interpreter of Triton {versions[0]} needs NumPy before 2.4; {versions[1]} is here"

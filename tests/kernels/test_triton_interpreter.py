@@ -15,6 +15,8 @@ import pytest
 
 pytest.importorskip("triton")
 
+from lst_kernels.triton import launch
+
 HERE = Path(__file__).parent
 FILES = ("triton_attention.py", "triton_pooling.py", "triton_scan.py")
 # The longest first, so that at the end no core waits for long.
@@ -57,8 +59,20 @@ def interpreted(request):
 
 @pytest.mark.timeout(900)  # each may have to wait for those before it
 @pytest.mark.parametrize("file", INTERPRETED)
+@pytest.mark.skipif(launch.interpreter_fault() is not None, reason=str(launch.interpreter_fault()))
 def test_kernels_are_right_in_the_interpreter(file, interpreted):
     expect_passed(interpreted[file].result())
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "runs"),
+    [("3.6.0", "2.3.5", True), ("3.6.0", "2.4.0", False), ("3.7.1", "2.5.2", True)],
+)
+def test_an_interpreter_that_numpy_breaks_is_a_reason(monkeypatch, triton, numpy, runs):
+    monkeypatch.setattr(launch.triton, "__version__", triton)
+    monkeypatch.setattr(launch.np, "__version__", numpy)
+    told = launch.interpreter_fault()
+    assert told is None if runs else f"Triton {triton} needs NumPy before 2.4; {numpy}" in told
 
 
 @pytest.mark.gpu
