@@ -14,7 +14,9 @@ are those of what is written, also where it is spoken: what is divided by does n
 voice. Speech of which no text is known has no score per character.
 
 In mode "S→S" prompt and ending are speech; in "T→T" both are text (paper, section 4.1). A question
-counts as right when its true ending scores strictly highest; a tie among n best counts 1/n.
+counts as right when its true ending scores strictly highest; a tie among n best counts 1/n. Scores
+tie within a hundred-thousandth: where a document lies in its stream moves them by rounding, so that
+endings that are the same would else win by chance.
 
 Documents lie end to end in one stream without padding, so there is nothing to gain from sorting
 them. Of a prompt the log-probability is read once, before its first ending.
@@ -39,6 +41,7 @@ from lst.vocabulary import Tokenizer, Vocabulary
 
 __all__ = ["Likelihood", "Score", "choice_scores", "format_table", "likelihoods"]
 
+TIE = 1e-5  # of a score; what float32 leaves of the same document elsewhere is some 1e-6
 Z_95 = 1.959963984540054  # two-sided 95 % of the standard normal
 
 
@@ -222,7 +225,7 @@ def _score(
         values = [value for ending in endings if (value := MEASURES[measure](ending)) is not None]
         if len(values) < len(endings):
             return None
-        best = np.equal(values, max(values))
+        best = np.isclose(values, max(values), rtol=TIE, atol=0)
         hits[question.group].append(best[question.answer] / best.sum())
         chances.append(1 / len(values))
     accuracy = float(np.mean([np.mean(of_group) for of_group in hits.values()]))

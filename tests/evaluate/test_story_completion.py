@@ -108,6 +108,17 @@ def test_a_tie_counts_a_share():
     assert score.chance == 0.25
 
 
+@pytest.mark.parametrize(("apart", "accuracy"), [(2e-6, 0.5), (2e-4, 0.0)])
+def test_what_rounding_moves_a_score_by_is_a_tie(apart: float, accuracy: float):
+    """The same document elsewhere in a stream differs in its last bits."""
+    items = [item("a", ["b", "c"], 0)]
+    model = Priced({letter("b"): 8.0 * (1 + apart), letter("c"): 8.0})
+    for measure in ("sum", "per token", "per character"):
+        assert (
+            scores(model, items, modes=("T→T",))["storycloze", "T→T", measure].accuracy == accuracy
+        )
+
+
 @pytest.mark.parametrize("mode", ["T→T", "S→S", "S→T", "T→S"])
 def test_scores_do_not_depend_on_the_batch(mode):
     rng = np.random.default_rng(0)
