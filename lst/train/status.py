@@ -104,7 +104,9 @@ class Status:
         """The run ends as it was asked to; where its launcher asks as another rank has failed,
         that is why."""
         name = self._interrupt.signal
-        if self._rank == 0 and not self._failed_elsewhere():
+        if self._rank == 0 and self._failed_elsewhere():
+            self._values["state"] = "failed"
+        elif self._rank == 0:
             self._write(state="stopped", reason=reason or name, signal=name)
 
     def __enter__(self) -> Self:

@@ -133,6 +133,21 @@ def test_mistakes_and_crashes_are_failures_with_their_reason(
         assert (status(config)["state"], status(config)["reason"]) == ("failed", reason)
 
 
+def test_what_another_rank_failed_of_outlasts_the_signal_that_its_launcher_sends(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(steps=5)
+
+    def fail() -> None:
+        path = config.out / "status.json"
+        path.write_text(json.dumps(status(config) | {"state": "failed", "reason": "rank 1: why"}))
+        ask()
+
+    monkeypatch.setattr(loop, "rehearse", before(loop.rehearse, fail))
+    train(config)
+    assert (status(config)["state"], status(config)["reason"]) == ("failed", "rank 1: why")
+
+
 def test_a_folder_that_holds_another_run_keeps_its_status(tiny: Tiny) -> None:
     config = tiny(steps=1)
     train(config)
