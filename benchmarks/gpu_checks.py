@@ -1,9 +1,16 @@
-"""Whether the ops are right on this GPU, before `benchmarks.gpu` measures one of them."""
+"""Whether the ops are right on this GPU, before `benchmarks.gpu` measures one of them.
+
+Each part of the checks is a process, ``python -m benchmarks.gpu_checks PART FILE``, all of them
+side by side: a kernel that breaks the device for its process, or never ends, leaves the others
+their checks and the figures their device, and kernels compile on many cores.
+"""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,12 +46,16 @@ from lst_kernels import (
 )
 
 __all__ = [
-    "BACKEND", "ROOT", "Function", "check_attention", "check_beyond_int32", "check_pooling",
-    "check_scan", "difference", "feature_rows", "flash_call", "run_suite",
+    "BACKEND", "PARTS", "ROOT", "Function", "check_apart", "check_attention", "check_beyond_int32",
+    "check_pooling", "check_scan", "difference", "feature_rows", "flash_call", "run_suite",
 ]  # fmt: skip
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKEND = "triton"
+CHECKED_TOKENS = 2048
+BEYOND_INT32 = 2_211_840  # tokens: 135 documents, 2.26e9 elements of 1024 features
+ATTENTION, POOLING = ("encoder", "decoder", "causal"), ("patch_pool", "patch_expand")
+OPS = (*ATTENTION, *POOLING, "segment_scan")
 
 Function = Callable[..., Tensor]
 
@@ -100,15 +111,18 @@ def _without_questions(call: Callable[[], list[Tensor]]) -> list[Tensor]:
         torch.cuda.set_sync_debug_mode(before)
 
 
-def check_attention(report: Report, num_tokens: int, device: torch.device) -> None:
+def check_attention(
+    report: Report, num_tokens: int, device: torch.device, ops: tuple[str, ...] = ATTENTION
+) -> None:
     """With a window that is shorter than the documents of so few tokens, in patches too."""
     window = num_tokens // 64
-    for cases in (
-        encoder_cases(num_tokens, device),
-        decoder_cases(num_tokens, device, window),
-        causal_cases(num_tokens, device, window),
-    ):
-        for case in cases:
+    all_cases = {
+        "encoder": encoder_cases(num_tokens, device),
+        "decoder": decoder_cases(num_tokens, device, window),
+        "causal": causal_cases(num_tokens, device, window),
+    }
+    for op in ops:
+        for case in all_cases[op]:
             qkv, grad = attention_inputs(case.ranges, case.heads, torch.bfloat16)
 
             def oracle(q: Tensor, k: Tensor, v: Tensor, case: Case = case) -> Tensor:
@@ -273,6 +287,56 @@ def feature_rows(number: int, device: torch.device, seed: int) -> Tensor:
     return torch.randn(number, FEATURES, generator=generator, device=device, dtype=torch.bfloat16)
 
 
+#: name → the ops that a part checks, and the part
+PARTS: dict[str, tuple[tuple[str, ...], Callable[[Report, torch.device], None]]] = {
+    **{
+        op: (
+            (op, "flash") if op == "causal" else (op,),
+            lambda report, device, op=op: check_attention(report, CHECKED_TOKENS, device, (op,)),
+        )
+        for op in ATTENTION
+    },
+    "pooling": (POOLING, lambda report, device: check_pooling(report, CHECKED_TOKENS, device)),
+    "scan": (("segment_scan",), lambda report, device: check_scan(report, CHECKED_TOKENS, device)),
+    "beyond-int32": (OPS, lambda report, device: check_beyond_int32(report, BEYOND_INT32, device)),
+}
+
+
+def check_apart(report: Report, names: list[str], seconds: float) -> None:
+    """Some of `PARTS`, side by side. One that breaks off, or is not done in time, fails its ops."""
+    begun = time.monotonic()
+    running = {}
+    for name in names:
+        path = report.path.with_suffix(f".{name}.json")
+        path.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "benchmarks.gpu_checks", name, str(path)]
+        running[name] = path, subprocess.Popen(command, cwd=ROOT)
+    for name, (path, process) in running.items():
+        try:
+            status = process.wait(max(begun + seconds - time.monotonic(), 0))
+            ended = f"their process ended with status {status}"
+        except subprocess.TimeoutExpired:
+            process.kill()
+            status, ended = process.wait(), f"they took more than {seconds:g} s"
+        if path.exists():
+            found = json.loads(path.read_text())
+            report.checks += found["checks"]
+            report.not_measured += found["not_measured"]
+            path.unlink()
+        if status != 0:
+            for op in PARTS[name][0]:
+                report.check(op, f"checks of {name}", ended)
+
+
+def main() -> None:
+    name, path = sys.argv[1:]
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    flash.activate()  # as `benchmarks.gpu` does
+    PARTS[name][1](Report(Path(path), {}, minutes=0), device)
+
+
 SUITE = "the library's tests on the GPU"
 SUITE_FILES = ("test_gpu.py", "triton_attention.py", "triton_pooling.py", "triton_scan.py")
 WORKERS = 12  # where pytest-xdist is there: most of the time goes into compiling kernels
@@ -317,7 +381,6 @@ def run_suite(report: Report, seconds: float) -> None:
         report.skip(f"the rest of {SUITE}", f"{seconds:g} s were over")
 
 
-ATTENTION, POOLING = ("encoder", "decoder", "causal"), ("patch_pool", "patch_expand")
 #: what a test's name says it is about; the flash backend is an op of its own here
 TESTED: dict[str, tuple[str, ...]] = {
     "flash": ("flash",), "encoder": ("encoder",), "decoder": ("decoder",), "sliding": ("causal",),
@@ -335,7 +398,11 @@ def record_suite(report: Report, results: Path) -> None:
     for case in failed:
         name = f"{case.get('classname', '').rpartition('.')[2]}: {case.get('name', '')}"
         told = (ops for word, ops in TESTED.items() if word in name)
-        for op in next(told, ("flash", *ATTENTION, *POOLING, "segment_scan")):
+        for op in next(told, ("flash", *OPS)):
             report.check(op, f"tests/kernels: {name}", "failed")
     ran = len(cases) - len(failed) - sum(case.find("skipped") is not None for case in cases)
     report.check("suite", SUITE, "passed" if ran else "ran no test", ran=ran)
+
+
+if __name__ == "__main__":
+    main()

@@ -127,12 +127,13 @@ class Report:
             entry["seconds"] = round(time.monotonic() - begun, 1)
             self.parts.append(entry)
             self.save()
-        torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # raises where a kernel broke the device for this process
 
     def check(self, op: str, case: str, outcome: str, **facts: Any) -> None:
         """``outcome`` is "passed" or what is wrong. One wrong check stops all figures of the op."""
         self.checks.append({"op": op, "case": case, "outcome": outcome, **facts})
         print(f"   check {op}, {case}: {outcome}", flush=True)
+        self.save()
 
     def failed_check(self, op: str) -> str | None:
         """Why the op gets no figures: its first check that failed, or that there was none."""
@@ -146,6 +147,7 @@ class Report:
         """Something has no figure, for a reason."""
         self.not_measured.append({"what": what, "reason": reason})
         print(f"   not measured: {what}: {reason}", flush=True)
+        self.save()
 
     def figure(self, name: str, timing: Timing | None, **facts: Any) -> None:
         """One measured figure, with all that it depends on."""

@@ -56,9 +56,11 @@ def named(entries, **facts):
 
 
 def test_the_reference_passes_every_check(gpu, report):
-    gpu.check_attention(report, TOKENS, CPU)
-    gpu.check_pooling(report, TOKENS, CPU)
-    gpu.check_scan(report, TOKENS, CPU)
+    from benchmarks import gpu_checks
+
+    gpu_checks.check_attention(report, TOKENS, CPU)
+    gpu_checks.check_pooling(report, TOKENS, CPU)
+    gpu_checks.check_scan(report, TOKENS, CPU)
     assert {check["op"] for check in report.checks} == {
         *("encoder", "decoder", "causal", "patch_pool", "patch_expand", "segment_scan")
     }
@@ -96,6 +98,21 @@ def test_an_op_that_is_wrong_somewhere_fails_its_check(gpu, report, harm):
     assert report.failed_check("square").startswith("its check failed: wrong: ")
     if harm == "raises":
         assert report.checks[-1]["outcome"] == "RuntimeError: no kernel"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the scan would run")
+def test_checks_that_fail_break_off_or_never_end_fail_their_ops(gpu, report, monkeypatch):
+    from benchmarks import gpu_checks
+
+    parts = gpu_checks.PARTS | {"no such part": (("causal",), None)}
+    monkeypatch.setattr(gpu_checks, "PARTS", parts)
+    gpu_checks.check_apart(report, ["scan", "no such part"], 100)
+    assert "backend 'triton' cannot run this segment_scan" in report.failed_check("segment_scan")
+    assert "their process ended with status 1" in report.failed_check("causal")
+    assert report.failed_check("encoder") == "it was not checked"
+    gpu_checks.check_apart(report, ["encoder"], 0)
+    assert "they took more than 0 s" in report.failed_check("encoder")
+    assert list(report.path.parent.iterdir()) == [report.path]
 
 
 def test_the_last_document_of_many_elements_is_held_against_itself_alone(gpu, report):
@@ -173,9 +190,9 @@ def test_backward_runs_are_made_when_they_are_first_called(gpu, report, monkeypa
     for op in ("range_attention", "patch_pool", "patch_expand", "segment_scan"):
         for module in (gpu, gpu_checks):
             monkeypatch.setattr(module, op, broken)
-    gpu.check_attention(report, TOKENS, CPU)
-    gpu.check_pooling(report, TOKENS, CPU)
-    gpu.check_scan(report, TOKENS, CPU)
+    gpu_checks.check_attention(report, TOKENS, CPU)
+    gpu_checks.check_pooling(report, TOKENS, CPU)
+    gpu_checks.check_scan(report, TOKENS, CPU)
     assert {check["outcome"] for check in report.checks} == {"RuntimeError: no kernel"}
     gpu.measure_encoder(report, Counting(), TOKENS, CPU, 1e6)
     gpu.measure_pooling(report, Counting(), TOKENS, CPU, 1e6)
