@@ -5,9 +5,11 @@ side by side: a kernel that breaks the device for its process, or never ends, le
 their checks and the figures their device, and kernels compile on many cores.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -361,20 +363,24 @@ def run_suite(report: Report, seconds: float) -> None:
         workers = min(WORKERS, len(os.sched_getaffinity(0)))
         command += ["-n", str(workers), "--dist", "worksteal"]
     limit = seconds + 60  # for the tests that have begun by then
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     try:
-        run = subprocess.run(
-            command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=limit,
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
+        out, errors = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
         report.skip(SUITE, f"it took more than {limit:.0f} s")
         return
-    said = run.stdout.strip().splitlines()
-    print("   " + (said[-1] if said else f"exit status {run.returncode}"), flush=True)
-    cut_short = "session-timeout:" in run.stdout
-    if not results.exists() or (run.returncode not in (0, 1) and not cut_short):
-        tail = " | ".join((said + run.stderr.strip().splitlines())[-3:])
-        report.skip(SUITE, f"exit status {run.returncode}: {tail}")
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # its workers too, should one hang
+            os.killpg(process.pid, signal.SIGKILL)
+    said = out.strip().splitlines()
+    print("   " + (said[-1] if said else f"exit status {process.returncode}"), flush=True)
+    cut_short = "session-timeout:" in out
+    if not results.exists() or (process.returncode not in (0, 1) and not cut_short):
+        tail = " | ".join((said + errors.strip().splitlines())[-3:])
+        report.skip(SUITE, f"exit status {process.returncode}: {tail}")
         return
     record_suite(report, results)
     if cut_short:
