@@ -374,9 +374,9 @@ def test_tests_that_ran_before_the_time_was_over_count(gpu, report, monkeypatch)
 
 def test_what_the_gpu_benchmarks_import_needs_no_command_line():
     """A GPU machine may have torch and little else."""
-    blocked = "import sys; sys.modules['tyro'] = None; "
+    blocked = f"import sys; sys.modules['tyro'] = None; sys.path.append({str(ROOT)!r}); "
     modules = "import benchmarks.gpu, benchmarks.train_steps, benchmarks.test_model"
-    subprocess.run([sys.executable, "-c", blocked + modules], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-c", blocked + modules], check=True)
 
 
 def test_the_plan_is_set_beside_the_modules_that_read_it(gpu, report, monkeypatch):
