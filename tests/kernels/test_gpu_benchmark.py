@@ -104,6 +104,7 @@ def test_an_op_that_is_wrong_somewhere_fails_its_check(gpu, report, harm):
 def test_checks_that_fail_break_off_or_never_end_fail_their_ops(gpu, report, monkeypatch):
     from benchmarks import gpu_checks
 
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)  # run in the repository, as the command is
     parts = gpu_checks.PARTS | {"no such part": (("causal",), None)}
     monkeypatch.setattr(gpu_checks, "PARTS", parts)
     gpu_checks.check_apart(report, ["scan", "no such part"], 100)
