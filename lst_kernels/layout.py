@@ -43,6 +43,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lst_kernels import native
 from lst_kernels.ranges import KeyRanges, at_or_below, causal_ranges, tighten
 
 __all__ = ["PatchLayout"]
@@ -353,8 +354,32 @@ def _assemble(
     readable_from: Tensor | None = None,
 ) -> PatchLayout:
     """Everything that follows from the offsets; asks the device nothing."""
+    num_live = len(cu_patches) - 1 - num_dead_patches
+    is_native = cu_patches.device.type == "cpu" and native.unavailable_reason() is None
+    plan = native.plan_layout if is_native else _plan
+    return PatchLayout(
+        cu_patches=cu_patches,
+        cu_documents=cu_documents,
+        closed_late=closed_late,
+        num_tokens=num_tokens,
+        num_patches=len(cu_patches) - 1,
+        num_documents=len(cu_documents) - 1,
+        num_dead_patches=num_dead_patches,
+        num_dead_tokens=num_tokens - int(cu_patches[num_live]) if num_dead_patches else 0,
+        **plan(cu_patches, cu_documents, closed_late, num_tokens, num_dead_patches, readable_from),
+    )
+
+
+def _plan(
+    cu_patches: Tensor,
+    cu_documents: Tensor,
+    closed_late: Tensor,
+    num_tokens: int,
+    num_dead_patches: int,
+    readable_from: Tensor | None,
+) -> dict[str, Any]:
     device = cu_patches.device
-    num_patches, num_documents = len(cu_patches) - 1, len(cu_documents) - 1
+    num_patches = len(cu_patches) - 1
     num_live = num_patches - num_dead_patches
     patch = torch.arange(num_patches, dtype=torch.int32, device=device)
     token = torch.arange(num_tokens, dtype=torch.int32, device=device)
@@ -373,29 +398,20 @@ def _assemble(
     replaced_at = torch.minimum(next_readable[:num_patches], cu_tokens[document + 1])
     replaced_at[num_live:] = num_tokens
     last = at_or_below(readable_from, num_tokens) - 1
-    readable_ids = torch.where(last >= first_patch[patch_ids], last, -1)
 
     exact = device.type == "cpu"
-    return PatchLayout(
-        cu_patches=cu_patches,
-        cu_documents=cu_documents,
-        cu_tokens=cu_tokens,
-        closed_late=closed_late,
-        patch_ids=patch_ids,
-        token_positions=token - first_token[patch_ids],
-        patch_positions=patch - first_patch,
-        readable_ids=readable_ids,
-        readable_from=readable_from,
-        replaced_at=replaced_at,
-        num_tokens=num_tokens,
-        num_patches=num_patches,
-        num_documents=num_documents,
-        num_dead_patches=num_dead_patches,
-        num_dead_tokens=num_tokens - int(cu_patches[num_live]) if num_dead_patches else 0,
-        max_patch_length=_longest(cu_patches[: num_live + 1]) if exact else num_tokens,
-        max_document_tokens=_longest(cu_tokens) if exact else num_tokens,
-        max_document_patches=_longest(cu_documents) if exact else num_patches,
-    )
+    return {
+        "cu_tokens": cu_tokens,
+        "patch_ids": patch_ids,
+        "token_positions": token - first_token[patch_ids],
+        "patch_positions": patch - first_patch,
+        "readable_ids": torch.where(last >= first_patch[patch_ids], last, -1),
+        "readable_from": readable_from,
+        "replaced_at": replaced_at,
+        "max_patch_length": _longest(cu_patches[: num_live + 1]) if exact else num_tokens,
+        "max_document_tokens": _longest(cu_tokens) if exact else num_tokens,
+        "max_document_patches": _longest(cu_documents) if exact else num_patches,
+    }
 
 
 def _offsets(lengths: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lst_kernels import native
 from lst_kernels.schedule import BLOCK_ROWS, heavy_first, queries_per_range
 
 __all__ = ["KeyRanges", "causal_ranges", "part_ranges"]
@@ -80,10 +81,20 @@ class KeyRanges:
             raise ValueError(f"stop is on {self.stop.device}, but start is on {self.start.device}")
         if self.num_keys < 0:
             raise ValueError(f"num_keys must not be negative; got {self.num_keys}")
-        if _is_host(self.start) or os.environ.get("LST_KERNELS_CHECK") == "1":
-            self.validate()
-        for name, value in _plan(self.start, self.stop, self.num_keys).items():
+        for name, value in self._planned().items():
             object.__setattr__(self, name, value)
+
+    def _planned(self) -> dict[str, Tensor | int | bool]:
+        is_host = _is_host(self.start)
+        if is_host and native.unavailable_reason() is None:
+            try:
+                return native.plan_ranges(self.start, self.stop, self.num_keys)
+            except ValueError:
+                self.validate()  # says where
+                raise
+        if is_host or os.environ.get("LST_KERNELS_CHECK") == "1":
+            self.validate()
+        return _plan(self.start, self.stop, self.num_keys)
 
     @property
     def num_queries(self) -> int:

@@ -11,18 +11,23 @@ import ctypes
 import functools
 import sys
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from lst_kernels.ranges import KeyRanges
+from lst_kernels.schedule import BLOCK_ROWS
+
+if TYPE_CHECKING:
+    from lst_kernels.ranges import KeyRanges
 
 __all__ = [
     "patch_expand",
     "patch_expand_backward",
     "patch_pool",
     "patch_pool_backward",
+    "plan_layout",
+    "plan_ranges",
     "range_attention",
     "range_attention_backward",
     "segment_scan",
@@ -40,7 +45,7 @@ Reduce: TypeAlias = Literal["mean", "sum", "max", "min", "first", "last"]
 LIBRARY = Path(__file__).with_name(
     "liblst_kernels" + {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 )
-ABI_VERSION = 5
+ABI_VERSION = 6
 LEVELS = ("portable", "avx2", "avx512")
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 _FAMILY_CODES = {"auto": 0, "patch-owned": 1, "tiled": 2}
@@ -77,6 +82,8 @@ class _RangeAttention(ctypes.Structure):
 
 _POINTER, _SIZE, _CODE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _ARGUMENTS = {
+    "lst_plan_layout": [_POINTER] * 11 + [_SIZE] * 4 + [_CODE],
+    "lst_plan_ranges": [_POINTER] * 7 + [_SIZE] * 3,
     "lst_patch_pool_forward": [_POINTER] * 4 + [_SIZE] * 3 + [_CODE] * 3,
     "lst_patch_pool_backward": [_POINTER] * 4 + [_SIZE] * 3 + [_CODE] * 3,
     "lst_patch_expand_forward": [_POINTER] * 4 + [_SIZE] * 3 + [_CODE] * 2,
@@ -109,8 +116,87 @@ def set_level(highest: str) -> str:
     return LEVELS[library.lst_set_level(LEVELS.index(highest))]
 
 
+def plan_layout(
+    cu_patches: Tensor,
+    cu_documents: Tensor,
+    closed_late: Tensor,
+    num_tokens: int,
+    num_dead_patches: int,
+    readable_from: Tensor | None,
+) -> dict[str, Tensor | int]:
+    """What :class:`lst_kernels.PatchLayout` keeps beside its offsets, by its fields' names.
+
+    Args:
+        cu_patches: (P + 1,) int32, contiguous, on the CPU, as the others: from 0 to ``num_tokens``.
+        cu_documents: (N + 1,) int32, from 0 to P.
+        closed_late: (P,) bool.
+        num_dead_patches: of the end of the stream.
+        readable_from: (P,) int32, where it does not follow from these.
+
+    Raises:
+        ValueError: offsets fall, or end elsewhere.
+    """
+    num_patches, num_documents = closed_late.shape[0], cu_documents.shape[0] - 1
+    for name, offsets in (("cu_patches", cu_patches), ("cu_documents", cu_documents)):
+        _check_offsets(offsets, name)
+    _check("closed_late", closed_late, torch.bool, 1)
+    if cu_patches.shape[0] != num_patches + 1:
+        raise ValueError(f"cu_patches has {cu_patches.shape[0]} offsets for {num_patches} patches")
+    plan = {
+        "cu_tokens": torch.empty_like(cu_documents),
+        **{
+            name: cu_patches.new_empty(num_tokens)
+            for name in ("patch_ids", "token_positions", "readable_ids")
+        },
+        "patch_positions": cu_patches.new_empty(num_patches),
+        "readable_from": readable_from,
+        "replaced_at": cu_patches.new_empty(num_patches),
+    }
+    if readable_from is None:
+        plan["readable_from"] = cu_patches.new_empty(num_patches)
+    else:
+        _check("readable_from", readable_from, torch.int32, 1)
+    longest = (ctypes.c_int64 * 3)()
+    sizes = (num_tokens, num_patches, num_documents, num_dead_patches)
+    buffers = (cu_patches, cu_documents, closed_late, *plan.values(), longest)
+    _call("lst_plan_layout", *buffers, *sizes, int(readable_from is not None))
+    names = ("max_patch_length", "max_document_tokens", "max_document_patches")
+    return plan | dict(zip(names, longest, strict=True))
+
+
+def plan_ranges(start: Tensor, stop: Tensor, num_keys: int) -> dict[str, Tensor | int | bool]:
+    """What :class:`lst_kernels.KeyRanges` keeps beside its ranges, by its fields' names.
+
+    Args:
+        start, stop: (Q,) int32, contiguous, on the CPU.
+        num_keys: K.
+
+    Raises:
+        ValueError: the ranges fall or leave the keys.
+    """
+    _check("start", start, torch.int32, 1)
+    _check("stop", stop, torch.int32, 1)
+    num_queries = start.shape[0]
+    sizes = (num_keys, num_keys, *(-(-rows // BLOCK_ROWS) for rows in (num_queries, num_keys)))
+    tensors = [start.new_empty(size) for size in sizes]
+    facts = (ctypes.c_int64 * 6)()
+    _call("lst_plan_ranges", start, stop, *tensors, facts, num_queries, num_keys, BLOCK_ROWS)
+    num_pairs, max_keys, max_queries, disjoint, slots, key_slots = facts
+    return {
+        **dict(
+            zip(("query_start", "query_stop", "query_order", "key_order"), tensors, strict=True)
+        ),
+        "num_pairs": num_pairs,
+        "max_keys": max_keys,
+        "max_queries": max_queries,
+        "disjoint": bool(disjoint),
+        "slots": slots,
+        "key_slots": key_slots,
+    }
+
+
 def range_attention(
-    q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges, scale: float, *, family: Family = "auto"
+    q: Tensor, k: Tensor, v: Tensor, ranges: "KeyRanges", scale: float, *, family: Family = "auto"
 ) -> tuple[Tensor, Tensor]:
     """Attention over ranges of keys.
 
@@ -142,7 +228,7 @@ def range_attention_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    ranges: KeyRanges,
+    ranges: "KeyRanges",
     scale: float,
     *,
     family: Family = "auto",
@@ -342,7 +428,7 @@ def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    ranges: KeyRanges,
+    ranges: "KeyRanges",
     scale: float,
     family: Family,
     **buffers: Tensor,
