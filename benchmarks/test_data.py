@@ -13,7 +13,7 @@ thread, in this process; then the same by a worker process, which sends its batc
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -132,7 +132,7 @@ class Plain:
             return encoded
         parts = [self._tokenizer.encode(word.word) for word in record.words]
         cuts = np.cumsum([0, *map(len, parts)]).astype(np.int32)
-        return replace(encoded, pieces=np.concatenate(parts).astype(np.int32), cuts=cuts)
+        return encoded._replace(pieces=np.concatenate(parts).astype(np.int32), cuts=cuts)
 
 
 def plain_batches(corpus: Corpus, mixture: dict[str, float]) -> Iterator[Any]:

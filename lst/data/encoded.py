@@ -24,10 +24,9 @@ import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -45,8 +44,7 @@ FORMAT = 1  # of the files; raised when their content changes
 AlignedBy = Literal["words", "pieces"]
 
 
-@dataclass(frozen=True, slots=True)
-class EncodedRecord:
+class EncodedRecord(NamedTuple):
     """What documents are made of.
 
     Attributes:
@@ -184,18 +182,21 @@ class _Shard:
                 table = pa.ipc.open_file(file).read_all()
             (batch,) = table.to_batches()
             columns = {name: batch.column(name) for name in _LISTS}
-            self._checksums = batch.column("checksum").to_numpy()
-            self._ids = batch.column("id")
+            self._checksums = memoryview(batch.column("checksum").to_numpy())
+            ids = batch.column("id").cast(pa.binary())
+            _, offsets, values = ids.buffers()
+            self._ids = memoryview(offsets).cast("i")[ids.offset :], memoryview(values or b"")
         except FileNotFoundError:
             raise UserError(f"{path}: was removed while a run reads it; start it again") from None
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:
             raise _damaged(f"{path}", str(error)) from None
-        if len(self._ids) != rows:
-            raise _damaged(f"{path}", f"{len(self._ids)} records for {rows}")
+        if len(ids) != rows:
+            raise _damaged(f"{path}", f"{len(ids)} records for {rows}")
+        # Read one number at a time a memoryview is far quicker than an array.
         self._lists = [
             (
                 None if not each.null_count else each.is_null().to_numpy(zero_copy_only=False),
-                each.offsets.to_numpy(),
+                memoryview(each.offsets.to_numpy()),
                 each.values.to_numpy(),
             )
             for each in columns.values()
@@ -211,16 +212,19 @@ class _Shard:
         for null, offsets, values in self._lists:
             if null is not None and null[row]:
                 parts.append(None)
-            else:
-                part = values[offsets[row] : offsets[row + 1]]
+                continue
+            start, stop = offsets[row], offsets[row + 1]
+            parts.append(part := values[start:stop])
+            if start < stop:
                 checksum = zlib.crc32(part, checksum)
-                parts.append(part)
-        name = self._ids[row].as_py()
-        if zlib.crc32(name.encode(), checksum) != self._checksums[row]:
-            raise _damaged(f"{self._path}, row {row}, record {name!r}", "another checksum")
+        offsets, values = self._ids
+        name = bytes(values[offsets[row] : offsets[row + 1]])
+        if zlib.crc32(name, checksum) != self._checksums[row]:
+            where = f"{self._path}, row {row}, record {name.decode(errors='replace')!r}"
+            raise _damaged(where, "another checksum")
         text, units, words, aligned, pieces, cuts = parts
         return EncodedRecord(
-            name,
+            name.decode(),
             text,
             units,
             None if words is None else words.reshape(-1, 2),

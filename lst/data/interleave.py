@@ -28,8 +28,7 @@ record id), so that every epoch interleaves anew and nothing depends on the orde
 """
 
 import hashlib
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -83,8 +82,7 @@ NEEDS: dict[DocumentKind, tuple[Literal["text", "units", "words"], ...]] = {
 Mode = Literal["T→T", "S→S", "S→T", "T→S"]
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
+class Document(NamedTuple):
     """Tokens that may see each other. A token position counts from ``<bos>`` at 0.
 
     Attributes:
@@ -269,7 +267,7 @@ class _Draft:
         self.last_start = 1  # of the last span, after its marker
 
     def text(self, pieces: np.ndarray, *, marker: bool = True) -> None:
-        ids = self._vocabulary.piece_to_id(pieces.astype(np.int32))
+        ids = self._vocabulary.piece_to_id(pieces.astype(np.int32, copy=False))
         self._add(TEXT if marker else None, ids)
 
     def speech(

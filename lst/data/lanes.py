@@ -19,8 +19,8 @@ next; one that fits no row is left out, and the state counts it.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Self
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 
@@ -33,7 +33,7 @@ from lst.data.interleave import (
     stable_rng,
 )
 from lst.data.packing import Packed, concatenate, patch_document, take
-from lst.data.patching import PatchingConfig, strategy_at
+from lst.data.patching import NoPatching, PatchingConfig, Strategy, strategy_at
 from lst.errors import UserError
 from lst.vocabulary import Vocabulary
 
@@ -63,8 +63,7 @@ class Source:
         return cls(dataset, kinds[0])
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SourceState:
+class SourceState(NamedTuple):
     """Where a lane stands in one source."""
 
     epoch: int = 0
@@ -73,8 +72,7 @@ class SourceState:
     left_out: int = 0  # documents so far that no row could hold
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Carry:
+class Carry(NamedTuple):
     """A document under way: which record it was, and what made it the document that it is."""
 
     source: str
@@ -95,8 +93,8 @@ class LaneState:
     def to_json(self) -> dict[str, Any]:
         return {
             "row": self.row,
-            "sources": {name: _fields(source) for name, source in self.sources.items()},
-            "carry": None if self.carry is None else _fields(self.carry),
+            "sources": {name: source._asdict() for name, source in self.sources.items()},
+            "carry": None if self.carry is None else self.carry._asdict(),
         }
 
     @classmethod
@@ -110,10 +108,6 @@ class LaneState:
             )
         except (KeyError, TypeError, AttributeError):
             raise UserError(f"expected the state of a lane, got {values!r}") from None
-
-
-def _fields(state: SourceState | Carry) -> dict[str, Any]:
-    return {field.name: getattr(state, field.name) for field in fields(state)}
 
 
 @dataclass(kw_only=True)
@@ -189,7 +183,7 @@ class Lane:
                 parts.append(part)
                 room -= len(part.lengths)
                 done = consumed == len(document.lengths)
-                carry = None if done else replace(carry, consumed=consumed)
+                carry = None if done else carry._replace(consumed=consumed)
             row += 1
             yield concatenate(parts), LaneState(row=row, sources=dict(sources), carry=carry)
 
@@ -240,7 +234,9 @@ class Lane:
             )
         except UserError as error:
             raise UserError(f"{dataset.where(index)}, {error}") from None
-        strategy = strategy_at(self.patching, drawn.row, self.total_steps, rng)
+        strategy: Strategy = NoPatching()  # of text each token is a patch, whatever the strategy
+        if draws:
+            strategy = strategy_at(self.patching, drawn.row, self.total_steps, rng)
         packed = patch_document(document, self.vocabulary, strategy)
         return packed, self._content(packed)
 

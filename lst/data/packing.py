@@ -16,7 +16,7 @@ successor is the target of the last token before it in the next row.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,8 +30,7 @@ IGNORE = -100  # the target of a token that has none; what cross-entropy functio
 MIN_ROOM = 3  # units in a row: reopening a document costs up to two, and it must go on
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Packed:
+class Packed(NamedTuple):
     """Patched documents end to end: a single one, a row, or a whole stream.
 
     Attributes:
@@ -59,7 +58,8 @@ def patch_document(document: Document, vocabulary: Vocabulary, strategy: Strateg
     )
     targets = np.empty_like(tokens)
     targets[:-1], targets[-1] = tokens[1:], IGNORE
-    targets[: max(document.score_from - 1, 0)] = IGNORE
+    if document.score_from > 1:
+        targets[: document.score_from - 1] = IGNORE
     if not document.score_eos:
         targets[-2] = IGNORE
     return Packed(

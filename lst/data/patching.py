@@ -196,37 +196,37 @@ def patch_lengths(
         closed_late: (P,) bool, True for a patch whose end is not known at its last token.
     """
     num_tokens = len(tokens)
-    if isinstance(strategy, NoPatching):
+    if isinstance(strategy, NoPatching) or not (is_unit := vocabulary.is_unit(tokens)).any():
         return np.ones(num_tokens, np.int32), np.zeros(num_tokens, bool)
-    is_unit = vocabulary.is_unit(tokens)
-    if not is_unit.any():
-        return np.ones(num_tokens, np.int32), np.zeros(num_tokens, bool)
-    starts = np.ones(num_tokens, bool)
-    starts[1:] = ~(is_unit[1:] & is_unit[:-1])
+    starts = np.ones(num_tokens + 1, bool)  # at T: of what comes after the document
+    starts[1:-1] = ~(is_unit[1:] & is_unit[:-1])
     for position in breaks:
         starts[position] = True
-    known = np.zeros(num_tokens + 1, bool)  # at i: the alignment says that a patch ends before i
-    longest: int | None = strategy.size
     if isinstance(strategy, Aligned) and len(aligned):
-        known = _known_ends(strategy.silence, aligned, is_unit, _run_starts(starts))
         longest = strategy.max_length
-    starts |= known[:-1]
+        known = _known_ends(strategy.silence, aligned, is_unit, starts)
+        starts |= known
+    else:
+        longest = strategy.size
+        known = np.zeros(num_tokens + 1, bool)
     if longest is not None:
-        starts |= (np.arange(num_tokens) - _run_starts(starts)) % longest == 0
-    edges = np.flatnonzero(np.append(starts, True))
-    lengths = (edges[1:] - edges[:-1]).astype(np.int32)
-    # A patch ends where alignment says so, or when it is as long as a patch can be.
-    is_known = known[edges[1:]] | (lengths == longest)
-    return lengths, is_unit[edges[:-1]] & ~is_known
+        starts[:-1] |= (np.arange(num_tokens) - _run_starts(starts)) % longest == 0
+    (edges,) = starts.nonzero()
+    firsts = edges[:-1]
+    lengths = (edges[1:] - firsts).astype(np.int32)
+    is_known = known[edges[1:]]  # or else a patch ends when it is as long as one can be
+    if longest is not None:
+        is_known |= lengths == longest
+    return lengths, is_unit[firsts] & ~is_known
 
 
 def _run_starts(starts: np.ndarray) -> np.ndarray:
-    """(T,) the last start at or before each token; the first token is one."""
-    return np.maximum.accumulate(np.arange(len(starts)) * starts)
+    """(T,) the last start at or before each token, of (T+1,) starts; the first token is one."""
+    return np.maximum.accumulate(np.arange(len(starts) - 1) * starts[:-1])
 
 
 def _known_ends(
-    silence: Silence, aligned: np.ndarray, is_unit: np.ndarray, run_starts: np.ndarray
+    silence: Silence, aligned: np.ndarray, is_unit: np.ndarray, starts: np.ndarray
 ) -> np.ndarray:
     """(T+1,) bool, True at i where the aligned ranges say that a patch ends before token i.
 
@@ -237,7 +237,7 @@ def _known_ends(
         known[aligned.ravel()] = True
         return known
     # A word's start ends the patch before it, but where only silence came before it in this run.
-    starts, stops_before = aligned[1:, 0], aligned[:-1, 1]
-    before = starts - 1
-    known[starts] = is_unit[before] & (stops_before > run_starts[before])
+    word_starts, stops_before = aligned[1:, 0], aligned[:-1, 1]
+    before = word_starts - 1
+    known[word_starts] = is_unit[before] & (stops_before > _run_starts(starts)[before])
     return known

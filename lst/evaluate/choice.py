@@ -25,7 +25,7 @@ them. Of a prompt the log-probability is read once, before its first ending.
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -129,7 +129,7 @@ def likelihoods(
     for group in _groups(((each, documents(each)) for each in questions), tokens_per_batch):
         # The first document of a question scores its prompt as well.
         whole = [
-            replace(document, score_from=document.score_from if place else 0)
+            document._replace(score_from=document.score_from if place else 0)
             for _, of_question in group
             for place, document in enumerate(of_question)
         ]

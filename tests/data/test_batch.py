@@ -184,7 +184,7 @@ def test_a_piece_after_a_unit_has_no_owner():
     document = make_document(2, 3)
     tokens = document.tokens.copy()
     tokens[-1] = VOCABULARY.first_piece
-    wrong = dataclasses.replace(document, tokens=tokens)
+    wrong = document._replace(tokens=tokens)
     with pytest.raises(ValueError, match="speech unit is followed by a text piece"):
         pack_documents([wrong], VOCABULARY, Static(size=4), SPLIT)
 

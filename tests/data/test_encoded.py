@@ -5,7 +5,6 @@ import os
 import pickle
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -98,8 +97,8 @@ def cache(tmp_path, monkeypatch):
 
 
 def same(one, other):
-    for field in fields(one):
-        a, b = getattr(one, field.name), getattr(other, field.name)
+    for name in one._fields:
+        a, b = getattr(one, name), getattr(other, name)
         if isinstance(a, np.ndarray):
             np.testing.assert_array_equal(a, b)
             assert a.shape == b.shape

@@ -293,7 +293,7 @@ def test_a_state_of_other_data_is_refused(make_lane):
         UserError, match=r"lane 1 of 4: expected a state of sources \['text'\], got"
     ):
         next(make_lane(1, weights={"text": 1.0}).rows(state))
-    far = replace(state.sources["text"], position=11)  # lane 0 has 11 of 41 records
+    far = state.sources["text"]._replace(position=11)  # lane 0 has 11 of 41 records
     with pytest.raises(UserError, match="lane 0 of 4: its state is not one of source 'text'"):
         next(make_lane().rows(replace(state, sources={**state.sources, "text": far})))
     with pytest.raises(UserError, match="expected the state of a lane, got"):
