@@ -132,7 +132,7 @@ def launch(configuration: Configuration, architecture: str) -> Launch:
         tile = tables.tile("backward_q", architecture, dtype, size)
         return tiled_attention.backward_q(q, q, k, k, q, lse, ranges, 0.125, tile)[0]
     tile = tables.tile("backward_kv", architecture, dtype, size)
-    return tiled_attention.backward_kv(q, q, k, k, lse, lse, ranges, 0.125, tile)[0]
+    return tiled_attention.backward_kv(q, q, k, k, (lse, lse), ranges, 0.125, tile)[0]
 
 
 def compile_launch(launch: Launch, target: GPUTarget) -> Any:

@@ -81,13 +81,13 @@ def range_attention_backward(
             launch()
             return grads[0], grads[1], grads[2]
         tile = tables.tile("backward_q", arch, q.dtype, q.shape[2])
-        launch, grad_q, dots = tiled_attention.backward_q(
+        launch, grad_q, row_sums = tiled_attention.backward_q(
             grad, q, k, v, out, lse, ranges, scale, tile
         )
         launch()
         tile = tables.tile("backward_kv", arch, q.dtype, q.shape[2])
         launch, grad_k, grad_v = tiled_attention.backward_kv(
-            grad, q, k, v, lse, dots, ranges, scale, tile
+            grad, q, k, v, row_sums, ranges, scale, tile
         )
         launch()
     return grad_q, grad_k, grad_v

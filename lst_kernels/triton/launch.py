@@ -43,6 +43,14 @@ def power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def strides(**tensors: Tensor) -> dict[str, int]:
+    """A kernel's arguments ``x_row`` and ``x_head`` for every tensor x (rows, heads, D)."""
+    return {
+        f"{name}_{dim}": x.stride(i)
+        for name, x in tensors.items() for i, dim in enumerate(("row", "head"))
+    }  # fmt: skip
+
+
 def rows(x: Tensor) -> Tensor:
     """``x`` with elements of a row side by side; its other strides are free, also 0."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

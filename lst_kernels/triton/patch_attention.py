@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lst_kernels.ranges import KeyRanges
-from lst_kernels.triton.launch import Launch, ceil_div, power_of_2
+from lst_kernels.triton.launch import Launch, ceil_div, power_of_2, strides
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
@@ -213,7 +213,7 @@ def forward(
         programs=num_ranges * sizes["HEAD_BLOCKS"],
         arguments=dict(
             q=q, k=k, v=v, out=out, lse=lse, start=ranges.start, stop=ranges.stop,
-            **_strides(q=q, k=k, v=v), qk_scale=scale * LOG2_E.value, **sizes,
+            **strides(q=q, k=k, v=v), qk_scale=scale * LOG2_E.value, **sizes,
         ),
         num_warps=num_warps, num_stages=1,
     )  # fmt: skip
@@ -236,7 +236,7 @@ def backward(
         arguments=dict(
             grad=grad, q=q, k=k, v=v, out=out, lse=lse,
             grad_q=grad_q, grad_k=grad_k, grad_v=grad_v, start=ranges.start, stop=ranges.stop,
-            **_strides(grad=grad, q=q, k=k, v=v), num_ranges=num_ranges, num_keys=len(k),
+            **strides(grad=grad, q=q, k=k, v=v), num_ranges=num_ranges, num_keys=len(k),
             qk_scale=scale * LOG2_E.value, scale=scale, **sizes,
         ),
         num_warps=num_warps, num_stages=1,
@@ -263,10 +263,3 @@ def _sizes(q: Tensor, k: Tensor, slots: int) -> tuple[dict[str, int], int]:
         "BLOCK_R": block_r, "BLOCK_H": block_h, "BLOCK_D": block_d,
     }  # fmt: skip
     return sizes, min(warps, 16)
-
-
-def _strides(**tensors: Tensor) -> dict[str, int]:
-    return {
-        f"{name}_{dim}": x.stride(i)
-        for name, x in tensors.items() for i, dim in enumerate(("row", "head"))
-    }  # fmt: skip

@@ -1,20 +1,21 @@
 """Range attention by tiles: query tile × key tiles, for every pattern but the patch encoder's.
 
     forward  a program owns a tile of queries (rows of out and lse), loops over key tiles
-    dq       the same; it also stores Σ do ⊙ out, which the pass after it reads
+    dq       the same; it also stores what the pass after it reads of each row: Σ do ⊙ out, and lse
     dk, dv   a program owns a tile of keys, loops over tiles of the queries that read them
 
 So each output row has one owner: no atomics, and the same bits from run to run. The columns that a
 tile reads are one interval, and those that all of its rows read are another inside it (see
 `lst_kernels.schedule`). Full tiles cover the inner interval and need no mask; the two edges left
-and right of it are walked in one masked loop. Heavy tiles come first, all heads of a tile together.
+and right of it are walked in one masked loop. Heavy tiles come first, and of the heads as many
+together as have their columns in the L2 cache: heavy tiles of all documents, each of its own
+columns, run side by side, and with all heads of each every column would come from memory again.
 
 The query heads that share a key head are rows of one tile: row r is query r // PACK, head r % PACK
 of the program's heads. So a key tile is read once for all of them, and dK and dV sum over them.
 
 Per pair of query and key and query head: 4·D FLOPs forward, 6·D for dq, 8·D for dk and dv. Bytes
-are those of q and out plus, per query tile, its interval of k and v, which neighbouring tiles find
-in the L2 cache.
+are those of q and out plus, per query tile, its interval of k and v, from the L2 cache.
 
 Products of float32 are exact ("ieee"), so they run without tensor cores.
 
@@ -35,13 +36,16 @@ from torch import Tensor
 
 from lst_kernels.ranges import KeyRanges
 from lst_kernels.schedule import BLOCK_ROWS
-from lst_kernels.triton.launch import Launch, ceil_div, power_of_2
+from lst_kernels.triton.launch import Launch, ceil_div, power_of_2, strides
 from lst_kernels.triton.tables import Tile
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
 MAX_PACKED_HEADS = 16
-COUNTS = ["num_queries", "num_keys"]
+# What k and v of the heads in flight may take of the L2 cache: half of an H100's, whose other half
+# is the far one.
+CACHE_BYTES = 24 * 2**20
+COUNTS = ["num_queries", "num_keys", "heads_together"]
 
 
 # --- device helpers ---
@@ -84,15 +88,17 @@ def _edge_tile(i, left_tiles, low, inner, right, high, TILE: tl.constexpr):
 
 
 @triton.jit
-def _owned_tile(order, num_rows, HEADS: tl.constexpr, TILE: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+def _owned_tile(order, num_rows, heads_together, TILE: tl.constexpr, BLOCK_ROWS: tl.constexpr):
     """Which rows [first, stop) and which head this program owns; no rows where first >= stop."""
     TILES: tl.constexpr = (BLOCK_ROWS + TILE - 1) // TILE  # in a block of rows
-    program = tl.program_id(0)
-    tile = program // HEADS
+    programs = tl.cdiv(num_rows, BLOCK_ROWS) * TILES * heads_together  # of the heads together
+    program = tl.program_id(0) % programs
+    head = tl.program_id(0) // programs * heads_together + program % heads_together
+    tile = program // heads_together
     block_first = tl.load(order + tile // TILES) * BLOCK_ROWS
     first = block_first + tile % TILES * TILE
     stop = tl.minimum(tl.minimum(first + TILE, block_first + BLOCK_ROWS), num_rows)
-    return first, stop, program % HEADS
+    return first, stop, head
 
 
 # --- forward ---
@@ -122,12 +128,14 @@ def _attend(q, k_tile, v_tile, keep, accumulator, peak, total, qk_scale, MASKED:
 @triton.jit(do_not_specialize=COUNTS)
 def tiled_forward(
     q, k, v, out, lse, start, stop, order,
-    q_row, q_head, k_row, k_head, v_row, v_head, num_queries, qk_scale,
-    HEADS: tl.constexpr, HEAD_PROGRAMS: tl.constexpr, KV_PROGRAMS: tl.constexpr,
+    q_row, q_head, k_row, k_head, v_row, v_head, num_queries, heads_together, qk_scale,
+    HEADS: tl.constexpr, KV_PROGRAMS: tl.constexpr,
     PACK: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    first, end, head_program = _owned_tile(order, num_queries, HEAD_PROGRAMS, QUERIES, BLOCK_ROWS)
+    first, end, head_program = _owned_tile(
+        order, num_queries, heads_together, QUERIES, BLOCK_ROWS
+    )
     if first >= end:
         return
     kv_head = head_program // KV_PROGRAMS
@@ -187,10 +195,10 @@ def tiled_forward(
 
 
 @triton.jit
-def _grad_scores(a, b, grad_a, grad_b, keep, log2_total, dots, qk_scale, MASKED: tl.constexpr):
+def _grad_scores(a, b, grad_a, grad_b, keep, level, dots, qk_scale, MASKED: tl.constexpr):
     """Softmax weights p and p ⊙ (dp − dots) of a tile of scores a bᵀ, either way round."""
     scores = tl.dot(a, tl.trans(b), input_precision="ieee")
-    weights = tl.exp2(scores * qk_scale - log2_total)
+    weights = tl.exp2(scores * qk_scale - level)
     if MASKED:
         weights = tl.where(keep, weights, 0.0)
     grad_weights = tl.dot(grad_a, tl.trans(grad_b), input_precision="ieee")
@@ -199,14 +207,16 @@ def _grad_scores(a, b, grad_a, grad_b, keep, log2_total, dots, qk_scale, MASKED:
 
 @triton.jit(do_not_specialize=COUNTS)
 def tiled_backward_q(
-    grad, q, k, v, out, lse, dots, grad_q, start, stop, order,
+    grad, q, k, v, out, lse, levels, dots, grad_q, start, stop, order,
     grad_row, grad_head, q_row, q_head, k_row, k_head, v_row, v_head,
-    num_queries, qk_scale, scale,
-    HEADS: tl.constexpr, HEAD_PROGRAMS: tl.constexpr, KV_PROGRAMS: tl.constexpr,
+    num_queries, heads_together, qk_scale, scale,
+    HEADS: tl.constexpr, KV_PROGRAMS: tl.constexpr,
     PACK: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    first, end, head_program = _owned_tile(order, num_queries, HEAD_PROGRAMS, QUERIES, BLOCK_ROWS)
+    first, end, head_program = _owned_tile(
+        order, num_queries, heads_together, QUERIES, BLOCK_ROWS
+    )
     if first >= end:
         return
     kv_head = head_program // KV_PROGRAMS
@@ -225,10 +235,12 @@ def tiled_backward_q(
     grad_tile = _load_tile(grad, grad_offsets[:, None] + columns[None, :], columns, D, BLOCK_D)
     out_tile = _load_tile(out, out_row[:, None] * D + columns[None, :], columns, D, BLOCK_D)
     row_dots = tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
-    tl.store(dots + out_row, row_dots, mask=owned)
     row_lse = tl.load(lse + out_row)
     # An empty range: exp2(score - inf) = 0.
-    log2_total = tl.where(row_lse == -float("inf"), float("inf"), row_lse * LOG2_E)
+    row_level = tl.where(row_lse == -float("inf"), float("inf"), row_lse * LOG2_E)
+    place = (head_program.to(tl.int64) * num_queries + query) * PACK + row % PACK
+    tl.store(levels + place, row_level, mask=owned)
+    tl.store(dots + place, row_dots, mask=owned)
     row_start = tl.load(start + query)
     row_stop = tl.load(stop + query)
 
@@ -246,7 +258,7 @@ def tiled_backward_q(
         k_tile = _load_tile(k + first_key * k_row, k_offsets, columns, D, BLOCK_D)
         v_tile = _load_tile(v + first_key * v_row, v_offsets, columns, D, BLOCK_D)
         _, grad_scores = _grad_scores(
-            q_tile, k_tile, grad_tile, v_tile, owned, log2_total[:, None], row_dots[:, None],
+            q_tile, k_tile, grad_tile, v_tile, owned, row_level[:, None], row_dots[:, None],
             qk_scale, False,
         )  # fmt: skip
         accumulator = tl.dot(
@@ -260,7 +272,7 @@ def tiled_backward_q(
         row_edge = tl.minimum(row_stop, edge)
         keep = (key[None, :] >= row_start[:, None]) & (key[None, :] < row_edge[:, None])
         _, grad_scores = _grad_scores(
-            q_tile, k_tile, grad_tile, v_tile, keep, log2_total[:, None], row_dots[:, None],
+            q_tile, k_tile, grad_tile, v_tile, keep, row_level[:, None], row_dots[:, None],
             qk_scale, True,
         )  # fmt: skip
         accumulator = tl.dot(
@@ -273,14 +285,14 @@ def tiled_backward_q(
 
 @triton.jit(do_not_specialize=COUNTS)
 def tiled_backward_kv(
-    grad, q, k, v, lse, dots, grad_k, grad_v, query_start, query_stop, order,
+    grad, q, k, v, levels, dots, grad_k, grad_v, query_start, query_stop, order,
     grad_row, grad_head, q_row, q_head, k_row, k_head, v_row, v_head,
-    num_keys, qk_scale, scale,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, KV_PROGRAMS: tl.constexpr,
+    num_queries, num_keys, heads_together, qk_scale, scale,
+    KV_HEADS: tl.constexpr, KV_PROGRAMS: tl.constexpr,
     PACK: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    first, end, kv_head = _owned_tile(order, num_keys, KV_HEADS, BLOCK_N, BLOCK_ROWS)
+    first, end, kv_head = _owned_tile(order, num_keys, heads_together, BLOCK_N, BLOCK_ROWS)
     if first >= end:
         return
     columns = tl.arange(0, BLOCK_D)
@@ -305,24 +317,27 @@ def tiled_backward_kv(
     q_offsets = (within.to(tl.int64) * q_row + head.to(tl.int64) * q_head)[:, None] + columns[None]
     grad_offsets = (within.to(tl.int64) * grad_row + head.to(tl.int64) * grad_head)[:, None]
     grad_offsets += columns[None, :]
-    lse_offsets = within.to(tl.int64) * HEADS + head
+    # Rows of a tile lie side by side in levels and dots.
+    places = row if PACK * QUERIES == BLOCK_M else tl.minimum(row, PACK * QUERIES - 1)
+    levels += kv_head.to(tl.int64) * KV_PROGRAMS * num_queries * PACK
+    dots += kv_head.to(tl.int64) * KV_PROGRAMS * num_queries * PACK
 
     # With more heads than one tile packs, a tile of queries comes once for each KV_PROGRAMS packs.
     for i in range(0, full_tiles * KV_PROGRAMS):
         first_query = (inner + i // KV_PROGRAMS * QUERIES).to(tl.int64)
-        pack = tl.cast(i % KV_PROGRAMS * PACK, tl.int64)
-        q_tile = _load_tile(q + first_query * q_row + pack * q_head, q_offsets, columns, D, BLOCK_D)
-        grad_tile = _load_tile(
-            grad + first_query * grad_row + pack * grad_head, grad_offsets, columns, D, BLOCK_D
-        )
-        lse_base = first_query * HEADS + pack
-        row_lse = tl.load(lse + lse_base + lse_offsets)
+        pack = tl.cast(i % KV_PROGRAMS, tl.int64)
+        q_base = first_query * q_row + pack * PACK * q_head
+        grad_base = first_query * grad_row + pack * PACK * grad_head
+        q_tile = _load_tile(q + q_base, q_offsets, columns, D, BLOCK_D)
+        grad_tile = _load_tile(grad + grad_base, grad_offsets, columns, D, BLOCK_D)
+        place = (pack * num_queries + first_query) * PACK
+        row_level = tl.load(levels + place + places)
         if PACK * QUERIES != BLOCK_M:
-            row_lse = tl.where(used, row_lse, float("inf"))
-        row_dots = tl.load(dots + lse_base + lse_offsets)
+            row_level = tl.where(used, row_level, float("inf"))
+        row_dots = tl.load(dots + place + places)
         weights, grad_scores = _grad_scores(
-            k_tile, q_tile, v_tile, grad_tile, used, row_lse[None, :] * LOG2_E,
-            row_dots[None, :], qk_scale, False,
+            k_tile, q_tile, v_tile, grad_tile, used, row_level[None, :], row_dots[None, :],
+            qk_scale, False,
         )  # fmt: skip
         v_sum = tl.dot(weights.to(grad_tile.dtype), grad_tile, v_sum, input_precision="ieee")
         k_sum = tl.dot(grad_scores.to(q_tile.dtype), q_tile, k_sum, input_precision="ieee")
@@ -331,20 +346,20 @@ def tiled_backward_kv(
             i // KV_PROGRAMS, left_tiles, low, inner, right, high, QUERIES
         )
         first_query = edge_first.to(tl.int64)
-        pack = tl.cast(i % KV_PROGRAMS * PACK, tl.int64)
+        pack = tl.cast(i % KV_PROGRAMS, tl.int64)
         query = edge_first + row // PACK
         inside = used & (query < edge)
-        q_tile = _load_edge(q + first_query * q_row + pack * q_head, q_offsets, inside, columns, D)
-        grad_tile = _load_edge(
-            grad + first_query * grad_row + pack * grad_head, grad_offsets, inside, columns, D
-        )
-        lse_base = first_query * HEADS + pack
-        row_lse = tl.load(lse + lse_base + lse_offsets, mask=inside, other=float("inf"))
-        row_dots = tl.load(dots + lse_base + lse_offsets, mask=inside, other=0.0)
+        q_base = first_query * q_row + pack * PACK * q_head
+        grad_base = first_query * grad_row + pack * PACK * grad_head
+        q_tile = _load_edge(q + q_base, q_offsets, inside, columns, D)
+        grad_tile = _load_edge(grad + grad_base, grad_offsets, inside, columns, D)
+        place = (pack * num_queries + first_query) * PACK
+        row_level = tl.load(levels + place + places, mask=inside, other=float("inf"))
+        row_dots = tl.load(dots + place + places, mask=inside, other=0.0)
         keep = (query[None, :] >= key_start[:, None]) & (query[None, :] < key_stop[:, None])
         weights, grad_scores = _grad_scores(
             k_tile, q_tile, v_tile, grad_tile, keep & inside[None, :],
-            row_lse[None, :] * LOG2_E, row_dots[None, :], qk_scale, True,
+            row_level[None, :], row_dots[None, :], qk_scale, True,
         )  # fmt: skip
         v_sum = tl.dot(weights.to(grad_tile.dtype), grad_tile, v_sum, input_precision="ieee")
         k_sum = tl.dot(grad_scores.to(q_tile.dtype), q_tile, k_sum, input_precision="ieee")
@@ -365,14 +380,16 @@ def forward(
     """out (Q, Hq, D), lse (Q, Hq), and the launch that fills them."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    heads = _by_query(q, k, tile)
+    pack, sizes = _by_query(q, k, tile)
+    heads = q.shape[1] // pack
     launch = Launch(
-        kernel=tiled_forward,
-        programs=_programs(len(q), heads["QUERIES"], heads["HEAD_PROGRAMS"]),
+        kernel=tiled_forward, programs=_programs(len(q), sizes["QUERIES"], heads),
         arguments=dict(
             q=q, k=k, v=v, out=out, lse=lse,
             start=ranges.start, stop=ranges.stop, order=ranges.query_order,
-            **_strides(q=q, k=k, v=v), num_queries=len(q), qk_scale=scale * LOG2_E.value, **heads,
+            **strides(q=q, k=k, v=v), num_queries=len(q),
+            heads_together=heads_together(heads, k, v), qk_scale=scale * LOG2_E.value,
+            HEADS=q.shape[1], **sizes,
         ),
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
@@ -382,73 +399,83 @@ def forward(
 def backward_q(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     ranges: KeyRanges, scale: float, tile: Tile,
-) -> tuple[Launch, Tensor, Tensor]:  # fmt: skip
-    """grad_q (Q, Hq, D), dots = Σ grad ⊙ out (Q, Hq), and the launch that fills them."""
+) -> tuple[Launch, Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
+    """grad_q (Q, Hq, D), what `backward_kv` takes of each row, and the launch that fills them.
+
+    Of each row: levels, its lse in units of log 2, ∞ for an empty range; dots = Σ grad ⊙ out. Both
+    (Hq / PACK, Q, PACK), so that the rows of a tile lie side by side.
+    """
     grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    dots = torch.empty_like(lse)
-    heads = _by_query(q, k, tile)
+    pack, sizes = _by_query(q, k, tile)
+    heads = q.shape[1] // pack
+    levels, dots = (
+        torch.empty(heads, len(q), pack, dtype=torch.float32, device=q.device) for _ in range(2)
+    )
     launch = Launch(
-        kernel=tiled_backward_q,
-        programs=_programs(len(q), heads["QUERIES"], heads["HEAD_PROGRAMS"]),
+        kernel=tiled_backward_q, programs=_programs(len(q), sizes["QUERIES"], heads),
         arguments=dict(
-            grad=grad, q=q, k=k, v=v, out=out, lse=lse, dots=dots, grad_q=grad_q,
+            grad=grad, q=q, k=k, v=v, out=out, lse=lse, levels=levels, dots=dots, grad_q=grad_q,
             start=ranges.start, stop=ranges.stop, order=ranges.query_order,
-            **_strides(grad=grad, q=q, k=k, v=v), num_queries=len(q),
-            qk_scale=scale * LOG2_E.value, scale=scale, **heads,
+            **strides(grad=grad, q=q, k=k, v=v), num_queries=len(q),
+            heads_together=heads_together(heads, k, v), qk_scale=scale * LOG2_E.value,
+            scale=scale, HEADS=q.shape[1], **sizes,
         ),
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    return launch, grad_q, dots
+    return launch, grad_q, (levels, dots)
 
 
 def backward_kv(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, dots: Tensor,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, row_sums: tuple[Tensor, Tensor],
     ranges: KeyRanges, scale: float, tile: Tile,
 ) -> tuple[Launch, Tensor, Tensor]:  # fmt: skip
-    """grad_k and grad_v (K, Hkv, D), and the launch that fills them once dots is there."""
+    """grad_k and grad_v (K, Hkv, D), and the launch that fills them once `backward_q`'s has run,
+    whose levels and dots ``row_sums`` are."""
     grad_k = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     grad_v = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     pack, sizes = _sizes(q, k, tile)
+    levels, dots = row_sums
+    heads = k.shape[1]
     launch = Launch(
-        kernel=tiled_backward_kv,
-        programs=_programs(len(k), tile.block_n, k.shape[1]),
+        kernel=tiled_backward_kv, programs=_programs(len(k), tile.block_n, heads),
         arguments=dict(
-            grad=grad, q=q, k=k, v=v, lse=lse, dots=dots, grad_k=grad_k, grad_v=grad_v,
+            grad=grad, q=q, k=k, v=v, levels=levels, dots=dots, grad_k=grad_k, grad_v=grad_v,
             query_start=ranges.query_start, query_stop=ranges.query_stop, order=ranges.key_order,
-            **_strides(grad=grad, q=q, k=k, v=v), num_keys=len(k),
-            qk_scale=scale * LOG2_E.value, scale=scale,
-            KV_HEADS=k.shape[1], QUERIES=tile.block_m // pack, **sizes,
+            **strides(grad=grad, q=q, k=k, v=v), num_queries=len(q), num_keys=len(k),
+            heads_together=heads_together(heads, q, grad), qk_scale=scale * LOG2_E.value,
+            scale=scale, KV_HEADS=heads, QUERIES=tile.block_m // pack, **sizes,
         ),
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return launch, grad_k, grad_v
 
 
+def heads_together(heads: int, *columns: Tensor) -> int:
+    """Of the heads, how many at a time: as many as have their part of ``columns`` in the cache. A
+    divisor of ``heads``, or the last ones would be fewer."""
+    size = sum(x.numel() * x.element_size() for x in columns)
+    fitting = [n for n in range(2, heads + 1) if heads % n == 0 and n * size <= heads * CACHE_BYTES]
+    return max(fitting, default=1)
+
+
 def _sizes(q: Tensor, k: Tensor, tile: Tile) -> tuple[int, dict[str, Any]]:
     """How many query heads share a tile, and the constants that all three kernels take."""
-    heads, head_dim, group = q.shape[1], q.shape[2], q.shape[1] // k.shape[1]
+    head_dim, group = q.shape[2], q.shape[1] // k.shape[1]
     pack = max(n for n in range(1, min(group, MAX_PACKED_HEADS) + 1) if group % n == 0)
     return pack, {
-        "HEADS": heads, "KV_PROGRAMS": group // pack, "PACK": pack,
+        "KV_PROGRAMS": group // pack, "PACK": pack,
         "D": head_dim, "BLOCK_D": max(power_of_2(head_dim), 16),
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_ROWS": BLOCK_ROWS,
     }  # fmt: skip
 
 
-def _by_query(q: Tensor, k: Tensor, tile: Tile) -> dict[str, Any]:
-    """The constants of the kernels that own queries. Tiles must cut a block of rows evenly, or
-    nearly so: as many tiles a block as it takes, each with as few queries as that allows."""
+def _by_query(q: Tensor, k: Tensor, tile: Tile) -> tuple[int, dict[str, Any]]:
+    """`_sizes` of the kernels that own queries. Tiles must cut a block of rows evenly, or nearly
+    so: as many tiles a block as it takes, each with as few queries as that allows."""
     pack, sizes = _sizes(q, k, tile)
     tiles = ceil_div(BLOCK_ROWS, tile.block_m // pack)
-    return sizes | {"QUERIES": ceil_div(BLOCK_ROWS, tiles), "HEAD_PROGRAMS": q.shape[1] // pack}
+    return pack, sizes | {"QUERIES": ceil_div(BLOCK_ROWS, tiles)}
 
 
 def _programs(num_rows: int, tile_rows: int, heads: int) -> int:
     return ceil_div(num_rows, BLOCK_ROWS) * ceil_div(BLOCK_ROWS, tile_rows) * heads
-
-
-def _strides(**tensors: Tensor) -> dict[str, int]:
-    return {
-        f"{name}_{dim}": x.stride(i)
-        for name, x in tensors.items() for i, dim in enumerate(("row", "head"))
-    }  # fmt: skip
