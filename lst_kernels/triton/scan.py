@@ -39,6 +39,9 @@ ROWS = 64
 ROW_BYTES = 512
 # The chunks and features of a tile of `scan_carries`.
 JOINED, JOINED_F = 32, 32
+# A loop that writes what it walks would load a row only after the row before it is written. With
+# this it loads three rows ahead. (`scan_ends` writes nothing: its loads move ahead by themselves.)
+STAGES = tl.constexpr(4)
 
 
 # --- device helpers ---
@@ -105,7 +108,7 @@ def scan_carries(
     feature = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
     within = tl.arange(0, CHUNKS)[:, None]
     carry = tl.zeros([1, BLOCK_F], tl.float32)
-    for first in range(0, num_chunks, CHUNKS):
+    for first in tl.range(0, num_chunks, CHUNKS, num_stages=2):
         chunk = (first + within).to(tl.int64)
         exists = (chunk < num_chunks) & (feature < F)
         end = tl.load(ends + chunk * end_row + feature, mask=exists, other=0.0)
@@ -119,7 +122,7 @@ def scan_carries(
         carry = tl.sum(tl.where(within == CHUNKS - 1, state, 0.0), 0, keep_dims=True)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["part_row", "num_rows"])
 def scan_rows(
     x, gates, carries, out, y, parts, x_row, carry_row, y_row, part_row, num_rows,
     F: tl.constexpr, REVERSE: tl.constexpr,
@@ -131,7 +134,7 @@ def scan_rows(
     has_carry = feature < tl.where(chunk > 0, F, 0)
     state = tl.load(carries + chunk * carry_row + feature, mask=has_carry, other=0.0)
     part = parts + (tl.program_id(0) % FEATURE_BLOCKS).to(tl.int64) * part_row if REVERSE else parts
-    for i in range(first, last):
+    for i in tl.range(first, last, num_stages=STAGES):
         row, at = _place(i, num_rows, REVERSE)
         gate = tl.load(gates + at)
         value = tl.load(x + row * x_row + feature, mask=feature < F, other=0.0).to(tl.float32)
@@ -173,7 +176,10 @@ def _walk(
     num_rows, num_features = x.shape
     num_chunks, block_f = ceil_div(num_rows, ROWS), _block_f(x)
     blocks = ceil_div(num_features, block_f)
-    ends, carries = torch.empty(2, num_chunks, num_features, dtype=torch.float32, device=x.device)
+    ends, carries = (
+        torch.empty(num_chunks, num_features, dtype=torch.float32, device=x.device)
+        for _ in range(2)
+    )
     products = torch.empty(num_chunks, dtype=torch.float32, device=x.device)
     shared: dict[str, Any] = {
         "x": x, "gates": gates, "x_row": x.stride(0), "num_rows": num_rows,

@@ -133,9 +133,7 @@ def tiled_forward(
     PACK: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    first, end, head_program = _owned_tile(
-        order, num_queries, heads_together, QUERIES, BLOCK_ROWS
-    )
+    first, end, head_program = _owned_tile(order, num_queries, heads_together, QUERIES, BLOCK_ROWS)
     if first >= end:
         return
     kv_head = head_program // KV_PROGRAMS
@@ -214,9 +212,7 @@ def tiled_backward_q(
     PACK: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    first, end, head_program = _owned_tile(
-        order, num_queries, heads_together, QUERIES, BLOCK_ROWS
-    )
+    first, end, head_program = _owned_tile(order, num_queries, heads_together, QUERIES, BLOCK_ROWS)
     if first >= end:
         return
     kv_head = head_program // KV_PROGRAMS

@@ -43,6 +43,13 @@ def test_the_patch_family_moves_nothing_through_shared_memory():
     assert aot.compile_configuration(configuration, "sm_90").shared == 0
 
 
+@pytest.mark.parametrize("family", ["scan_carries", "scan_rows", "scan_rows_back"])
+def test_the_scan_loads_its_next_rows_before_it_writes_one(family):
+    launch = aot.launch(Configuration(family, BF16, 1024), "sm_90")
+    ptx = aot.compile_launch(launch, aot.TARGETS["sm_90"].triton).asm["ptx"]
+    assert "cp.async" in ptx
+
+
 def test_a_tile_too_large_for_the_registers_is_a_fault(monkeypatch):
     configuration = Configuration("backward_q", BF16, 64)
     table = tables.TILES["sm_90"] | {("backward_q", 2): {256: tables.Tile(128, 128, 4, 1)}}

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from lst_kernels import KeyRanges, PatchLayout, range_attention
 from lst_kernels.schedule import BLOCK_ROWS
+from lst_kernels.triton import tiled_attention
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -170,6 +171,13 @@ def test_any_head_size_is_right(pattern, head_dim):
 def test_any_number_of_query_heads_shares_a_key_head(pattern, shape):
     """7 share one tile; of 17 each has its own; 40 come ten at a time."""
     check(PATTERNS[pattern](make([[2, 0, 5], [3]])), shape)
+
+
+@pytest.mark.parametrize("together", [1, 2, 3])
+def test_heads_that_take_turns_are_right(together, monkeypatch):
+    """Six key heads, of which the L2 cache holds so many; several tiles of queries and of keys."""
+    monkeypatch.setattr(tiled_attention, "heads_together", lambda heads, *_: together)
+    check(make([[2] * 50, [1, 3] * 20]).tokens_read_patches(slots=2), (6, 6, 16))
 
 
 @pytest.mark.parametrize("slots", [1, 0], ids=["patches", "tiles"])
