@@ -31,14 +31,8 @@ from lst.data.records import FRAMES_PER_SECOND, Dataset
 from lst.errors import UserError, run_command
 from lst.machine import describe_machine, file_stem
 from lst.speech.alignment import CTCAligner
-from lst.speech.synthesis import (
-    HELD_OUT_VOICE,
-    SAMPLE_RATE,
-    TRAINING_VOICES,
-    Speech,
-    Timed,
-    synthesize,
-)
+from lst.speech.audio import SAMPLE_RATE, Timed
+from lst.speech.synthesis import HELD_OUT_VOICE, TRAINING_VOICES, Speech, synthesize
 from lst.speech.units import FRAME_SAMPLES
 from lst.speech.wav2vec2 import FrameModel
 

@@ -32,9 +32,9 @@ from lst.data.records import FRAMES_PER_SECOND
 from lst.errors import UserError, run_command
 from lst.machine import describe_machine, file_stem
 from lst.speech.alignment import CTCAligner
+from lst.speech.audio import SAMPLE_RATE
 from lst.speech.distortion import HOP, mel_cepstral_distances
 from lst.speech.sound import sound_of
-from lst.speech.synthesis import SAMPLE_RATE
 from lst.speech.units import FRAME_SAMPLES, LogMelKMeans
 from lst.vocoder import Vocoder, load_vocoder
 from lst.vocoder.recordings import MANIFEST, RecordingsConfig, write_recordings

@@ -97,7 +97,8 @@ def write_recordings(folder):
     """Half a minute of speech to train on and some to hold out, with transcripts beside it."""
     import soundfile
 
-    from lst.speech.synthesis import SAMPLE_RATE, TRAINING_VOICES, synthesize
+    from lst.speech.audio import SAMPLE_RATE
+    from lst.speech.synthesis import TRAINING_VOICES, synthesize
 
     said = [
         "Once upon a time, there was a dog.",

@@ -12,8 +12,7 @@ from lst.data.records import FRAMES_PER_SECOND
 from lst.demo.session import Order, Request, Session
 from lst.errors import UserError
 from lst.generate import Modality, Sampling
-from lst.speech.audio import AudioError
-from lst.speech.synthesis import SAMPLE_RATE
+from lst.speech.audio import SAMPLE_RATE, AudioError
 
 __all__ = ["Example", "import_gradio", "launch_settings", "make_page"]
 

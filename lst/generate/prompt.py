@@ -25,8 +25,7 @@ from lst.data.encoded import word_pieces
 from lst.errors import UserError
 from lst.generate.sampling import Modality
 from lst.pretrained import Pretrained
-from lst.speech.audio import AudioError, AudioReader
-from lst.speech.synthesis import SAMPLE_RATE
+from lst.speech.audio import SAMPLE_RATE, AudioError, AudioReader
 from lst.speech.units import UnitEncoder, UnitsConfig, load_units
 from lst.vocabulary import BOS, SPEECH, TEXT, Tokenizer, Vocabulary
 

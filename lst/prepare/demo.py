@@ -43,13 +43,8 @@ from lst.errors import UserError
 from lst.files import replacing, write_json
 from lst.prepare.stats import word_lengths
 from lst.prepare.stories import BLOCK_SIZE, Story, generate_stories, story_questions
-from lst.speech.synthesis import (
-    HELD_OUT_VOICE,
-    SAMPLE_RATE,
-    TRAINING_VOICES,
-    Voice,
-    synthesize,
-)
+from lst.speech.audio import SAMPLE_RATE
+from lst.speech.synthesis import HELD_OUT_VOICE, TRAINING_VOICES, Voice, synthesize
 from lst.speech.units import LogMelKMeans, word_frames
 from lst.vocabulary import Tokenizer, train_tokenizer
 

@@ -18,8 +18,7 @@ from lst.data.records import FRAMES_PER_SECOND, Record, Span, Word
 from lst.errors import UserError
 from lst.prepare.outcomes import Outcome, Skipped
 from lst.prepare.sources import Utterance
-from lst.speech.audio import AudioError, AudioReader, sample_range
-from lst.speech.synthesis import SAMPLE_RATE
+from lst.speech.audio import SAMPLE_RATE, AudioError, AudioReader, sample_range
 from lst.speech.units import UnitEncoder, in_stretches
 
 if TYPE_CHECKING:

@@ -12,8 +12,7 @@ from lst.errors import UserError
 from lst.files import replacing, writing
 from lst.prepare.sources import Sources, Utterance, list_inputs, source_kind
 from lst.prepare.speech import open_audio
-from lst.speech.audio import AudioError, sample_range
-from lst.speech.synthesis import SAMPLE_RATE
+from lst.speech.audio import SAMPLE_RATE, AudioError, sample_range
 from lst.speech.units import LogMelKMeans
 
 __all__ = ["CodebookConfig", "fit_codebook"]

@@ -25,8 +25,8 @@ import torch
 
 from lst.data.records import Span, Word
 from lst.errors import UserError
+from lst.speech.audio import SAMPLE_RATE, Timed
 from lst.speech.ctc import best_paths, frames_needed
-from lst.speech.synthesis import SAMPLE_RATE, Timed
 from lst.speech.units import word_frames
 from lst.speech.wav2vec2 import FrameModel, load_pretrained
 

@@ -16,6 +16,7 @@ import os
 import re
 import wave
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import gcd
 from pathlib import Path
 from typing import Any, Self
@@ -24,13 +25,32 @@ import numpy as np
 
 from lst.errors import UserError
 from lst.files import write_atomically
-from lst.speech.synthesis import SAMPLE_RATE
 
-__all__ = ["AUDIO_SUFFIXES", "AudioError", "AudioReader", "read_audio", "resample", "write_wav"]
+__all__ = [
+    "AUDIO_SUFFIXES",
+    "SAMPLE_RATE",
+    "AudioError",
+    "AudioReader",
+    "Timed",
+    "read_audio",
+    "resample",
+    "write_wav",
+]
 
+#: Samples a second of every waveform here; what is read at another rate is resampled.
+SAMPLE_RATE = 16_000
 #: What libsndfile reads.
 AUDIO_SUFFIXES = (".aif", ".aiff", ".flac", ".mp3", ".ogg", ".opus", ".wav")
 MAX_RATE = 768_000  # a header that says more is damaged
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """A word or a phone, and the seconds in which it is spoken."""
+
+    label: str
+    start: float
+    stop: float
 
 
 class AudioError(Exception):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lst.data.records import FRAMES_PER_SECOND
 from lst.errors import UserError
-from lst.speech.synthesis import SAMPLE_RATE
+from lst.speech.audio import SAMPLE_RATE
 from lst.speech.units import CONTEXT, STRETCH, in_stretches
 from lst.speech.wav2vec2 import FrameModel, load_pretrained
 

@@ -12,7 +12,7 @@ phases of a pulse train, so that no random number is drawn and vowels get a pitc
 import numpy as np
 
 from lst.errors import UserError
-from lst.speech.synthesis import SAMPLE_RATE
+from lst.speech.audio import SAMPLE_RATE
 from lst.speech.units import FRAME_SAMPLES, WINDOW_SAMPLES, LogMelKMeans, mel_bands
 
 __all__ = ["invert_units"]

@@ -26,18 +26,9 @@ from typing import Any
 import numpy as np
 
 from lst.errors import UserError
+from lst.speech.audio import Timed
 
-__all__ = [
-    "HELD_OUT_VOICE",
-    "SAMPLE_RATE",
-    "TRAINING_VOICES",
-    "Speech",
-    "Timed",
-    "Voice",
-    "synthesize",
-]
-
-SAMPLE_RATE = 16_000
+__all__ = ["HELD_OUT_VOICE", "TRAINING_VOICES", "Speech", "Voice", "synthesize"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,15 +46,6 @@ class Voice:
     espeak: str
     speed: int = 175
     pitch: int = 50
-
-
-@dataclass(frozen=True, slots=True)
-class Timed:
-    """A word or a phone, and the seconds in which it is spoken."""
-
-    label: str
-    start: float
-    stop: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ import numpy as np
 
 from lst.data.records import FRAMES_PER_SECOND, Word
 from lst.errors import UserError
-from lst.speech.synthesis import SAMPLE_RATE, Timed
+from lst.speech.audio import SAMPLE_RATE, Timed
 
 __all__ = [
     "FRAME_SAMPLES",

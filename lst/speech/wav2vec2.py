@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from lst.errors import UserError
-from lst.speech.synthesis import SAMPLE_RATE
+from lst.speech.audio import SAMPLE_RATE
 
 __all__ = ["FrameModel", "load_pretrained"]
 

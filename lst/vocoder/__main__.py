@@ -8,9 +8,8 @@ import numpy as np
 import tyro
 
 from lst.errors import UserError, run_command
-from lst.speech.audio import write_wav
+from lst.speech.audio import SAMPLE_RATE, write_wav
 from lst.speech.sound import load_voice, sound_of
-from lst.speech.synthesis import SAMPLE_RATE
 from lst.vocoder.recordings import RecordingsConfig, write_recordings
 from lst.vocoder.train import TrainVocoderConfig, train_vocoder
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lst.speech.synthesis import SAMPLE_RATE
+from lst.speech.audio import SAMPLE_RATE
 
 __all__ = [
     "FEATURE_WEIGHT",

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lst.errors import UserError
 from lst.files import replacing, write_json
-from lst.speech.synthesis import SAMPLE_RATE
+from lst.speech.audio import SAMPLE_RATE
 from lst.vocoder.config import DurationConfig, GeneratorConfig
 from lst.vocoder.generator import Generator, fold_weight_norm
 

@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks import alignment, report, vocoder
-from lst.speech.synthesis import Timed
+from lst.speech.audio import Timed
 
 
 def test_texts_are_compared_by_the_characters_that_are_read():

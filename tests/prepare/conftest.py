@@ -7,7 +7,8 @@ import pytest
 
 from lst.data.records import Dataset
 from lst.prepare.corpus import CorpusConfig, prepare_corpus
-from lst.speech.synthesis import SAMPLE_RATE, TRAINING_VOICES, Speech, synthesize
+from lst.speech.audio import SAMPLE_RATE
+from lst.speech.synthesis import TRAINING_VOICES, Speech, synthesize
 from lst.speech.units import LogMelKMeans
 
 SENTENCES = (

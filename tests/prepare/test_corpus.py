@@ -342,7 +342,7 @@ class Halves:
 
     def align(self, waveforms, texts):
         from lst.speech.alignment import Alignment
-        from lst.speech.synthesis import Timed
+        from lst.speech.audio import Timed
 
         ((waveform,), (text,)) = waveforms, texts
         self.heard.append(text)

@@ -13,7 +13,8 @@ import pytest
 from lst.data.loader import DataConfig
 from lst.data.records import Dataset
 from lst.prepare import __main__ as commands
-from lst.speech.synthesis import SAMPLE_RATE, TRAINING_VOICES, synthesize
+from lst.speech.audio import SAMPLE_RATE
+from lst.speech.synthesis import TRAINING_VOICES, synthesize
 from lst.train.corpus import open_corpus
 
 soundfile = pytest.importorskip("soundfile")

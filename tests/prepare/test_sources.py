@@ -21,8 +21,7 @@ from lst.prepare.outcomes import Skipped
 from lst.prepare.sources import Part, Sources, list_inputs
 from lst.prepare.speech import frame_spans, written_words
 from lst.prepare.text import lines_of, text_records, where_of
-from lst.speech.audio import AudioError
-from lst.speech.synthesis import SAMPLE_RATE
+from lst.speech.audio import SAMPLE_RATE, AudioError
 from lst.speech.units import LogMelKMeans
 
 soundfile = pytest.importorskip("soundfile")

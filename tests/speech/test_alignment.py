@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lst.data.records import Record, Span, Word, validate_record
 from lst.errors import UserError
 from lst.speech.alignment import Alignment, CTCAligner
-from lst.speech.synthesis import Timed
+from lst.speech.audio import Timed
 
 FRAME = 320  # samples
 

@@ -9,14 +9,8 @@ import pytest
 
 from lst.errors import UserError
 from lst.prepare.stories import generate_stories
-from lst.speech.synthesis import (
-    HELD_OUT_VOICE,
-    SAMPLE_RATE,
-    TRAINING_VOICES,
-    Speech,
-    Voice,
-    synthesize,
-)
+from lst.speech.audio import SAMPLE_RATE
+from lst.speech.synthesis import HELD_OUT_VOICE, TRAINING_VOICES, Speech, Voice, synthesize
 
 pytest.importorskip("espeakng_loader")
 

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from lst.errors import UserError
 from lst.prepare.stories import generate_stories
+from lst.speech.audio import Timed
 from lst.speech.inversion import invert_units
-from lst.speech.synthesis import HELD_OUT_VOICE, TRAINING_VOICES, Speech, Timed, synthesize
+from lst.speech.synthesis import HELD_OUT_VOICE, TRAINING_VOICES, Speech, synthesize
 from lst.speech.units import FRAME_SAMPLES, LogMelKMeans, log_mels, word_frames
 from lst.vocabulary import fingerprint
 
