@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from lst.data.batch import Batch
-from lst.errors import UserError, run_command
+from lst.errors import UserError, expect_positive, run_command
 from lst.model import ModelConfig, StackConfig
 from lst.presets import PRESETS
 from lst.train.config import TrainConfig
@@ -308,10 +308,7 @@ class FlopsConfig:
                 "preset: how many units a speech piece stands for depends on the corpus; expected "
                 f"a preset over units, got {self.preset!r}"
             )
-        for name in ("document_tokens", "num_pieces"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')}: expected 1 or more, got {value}")
+        expect_positive(self, "document_tokens", "num_pieces")
 
 
 def report(options: FlopsConfig) -> str:

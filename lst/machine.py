@@ -1,4 +1,4 @@
-"""What a figure must name to mean anything: the machine, the versions, the commit."""
+"""The machine: its devices by name, and what a figure made on it must name to mean anything."""
 
 import datetime
 import importlib.metadata
@@ -11,9 +11,28 @@ from typing import Any
 
 import torch
 
-__all__ = ["describe_machine", "file_stem"]
+from lst.errors import UserError
+
+__all__ = ["describe_machine", "file_stem", "find_device"]
 
 PEERS = ("triton", "numpy", "flash-attn", "flash-attn-3", "flash-attn-4", "xformers")
+
+
+def find_device(name: torch.device | str) -> torch.device:
+    """``cpu``, ``cuda``, ``cuda:1`` … as a device that can be computed on.
+
+    Raises:
+        UserError: torch knows no such device, or it is not here.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter of a torch without CUDA
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"device {name}: expected one that is here, such as cpu ({reason})"
+        ) from None
+    return device
 
 
 def describe_machine(device: torch.device | None = None) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 
 from lst.errors import UserError
 from lst.files import making_folder, reason, write_json
+from lst.machine import find_device
 from lst.model import LanguageModel, build_model
 from lst.speech.units import LogMelKMeans
 from lst.speech_bpe import SPEECH_BPE, SpeechBPE
@@ -148,9 +149,10 @@ def from_pretrained(name: Path | str, device: torch.device | str = "cpu") -> Pre
             ``huggingface_hub``. Where there is a folder ``owner``, the name is one of a folder.
 
     Raises:
-        UserError: no such folder or name; a file that is missing or damaged or is not the one that
-            belongs to the model; an unknown key, or a newer format.
+        UserError: no such folder, name or device; a file that is missing or damaged or is not the
+            one that belongs to the model; an unknown key, or a newer format.
     """
+    device = find_device(device)
     folder = Path(name)
     if not folder.exists():
         folder = _download(str(name))

@@ -27,7 +27,7 @@ from lst.compare.study import (
     run_folder,
     steps_of,
 )
-from lst.errors import UserError, run_command
+from lst.errors import UserError, expect_positive, run_command
 from lst.machine import describe_machine
 from lst.prepare.demo import prepare_demo
 from lst.prepare.speech_bpe import SpeechBPEConfig, prepare_speech_bpe
@@ -54,8 +54,7 @@ class CompareConfig:
                 raise UserError(f"--arms: expected some of {', '.join(ARMS)}, got {name!r}")
         if REFERENCE not in self.arms:
             raise UserError(f"--arms: expected {REFERENCE!r} among them, got {self.arms}")
-        if self.minutes is not None and self.minutes <= 0:
-            raise UserError(f"--minutes: expected more than 0, got {self.minutes}")
+        expect_positive(self, "minutes", "workers")
 
 
 def compare(options: CompareConfig) -> Path:

@@ -18,7 +18,7 @@ import tyro
 from lst.demo.examples import corpus_examples
 from lst.demo.page import import_gradio, launch_settings, make_page
 from lst.demo.session import Limits, Session
-from lst.errors import UserError, run_command
+from lst.errors import UserError, expect_positive, run_command
 from lst.generate.prompt import open_units
 from lst.pretrained import Pretrained
 from lst.speech.sound import UnitVoice, load_voice
@@ -48,10 +48,7 @@ class DemoConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
             raise UserError(f"--port: expected a port up to 65535, got {self.port}")
-        for name in ("max_seconds", "max_megabytes", "max_tokens", "time_limit"):
-            if not getattr(self, name) > 0:
-                option = name.replace("_", "-")
-                raise UserError(f"--{option}: expected more than 0, got {getattr(self, name)}")
+        expect_positive(self, "max_seconds", "max_megabytes", "max_tokens", "time_limit")
 
 
 def open_session(config: DemoConfig) -> Session:

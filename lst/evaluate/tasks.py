@@ -20,7 +20,7 @@ from tqdm import tqdm
 from lst.data.interleave import Mode
 from lst.data.patching import PatchingConfig
 from lst.data.records import FRAMES_PER_SECOND, Record, read_items
-from lst.errors import UserError
+from lst.errors import UserError, expect_positive
 from lst.evaluate.choice import choice_scores, format_table, likelihoods
 from lst.evaluate.error_rate import Normaliser, error_rates, format_error_rates, normaliser
 from lst.evaluate.progress import Progress
@@ -83,8 +83,7 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise UserError(f"--task: expected one of {', '.join(TASKS)}, got {self.task!r}")
-        if self.tokens_per_batch < 1:
-            raise UserError(f"--tokens-per-batch: expected 1 or more, got {self.tokens_per_batch}")
+        expect_positive(self, "tokens_per_batch")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,15 +10,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
-import torch
 import tyro
 
 from lst.data.patching import patch_lengths
 from lst.data.records import FRAMES_PER_SECOND
-from lst.errors import UserError, run_command
+from lst.errors import UserError, expect_positive, run_command
 from lst.files import expect_absent, making_folder, write_atomically, write_json
 from lst.generate import Continuation, Generator, Sampling
 from lst.generate.prompt import Span, audio_units, open_units, prompt_tokens, spans_of
@@ -84,29 +83,17 @@ class GenerateConfig:
     """What speaks units: the folder of a vocoder; None: the codebook, by inversion."""
     speaker: str | None = None
     """One of the vocoder's."""
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: str = "cpu"
     """Where the model runs."""
 
     def __post_init__(self) -> None:
         if self.prompt and self.prompts is not None:
             raise UserError("expected --prompt or --prompts, got both")
-        for name in ("num_samples", "batch_size"):
-            _expect(getattr(self, name) >= 1, name, "1 or more", getattr(self, name))
-        if self.context is not None:
-            _expect(self.context >= 1, "context", "1 or more", self.context)
-        _expect(self.max_prompt_seconds > 0, "max-prompt-seconds", "more", self.max_prompt_seconds)
-        if self.seconds is not None:
-            _expect(0 < self.seconds < np.inf, "seconds", "more than 0", self.seconds)
-            _expect(
-                self.modality == "speech", "seconds", "it with --modality speech", self.modality
-            )
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device cuda: expected a GPU, got none")
-
-
-def _expect(holds: bool, name: str, expected: str, got: object) -> None:
-    if not holds:
-        raise UserError(f"--{name.replace('_', '-')}: expected {expected}, got {got}")
+        expect_positive(
+            self, "num_samples", "batch_size", "context", "seconds", "max_prompt_seconds"
+        )
+        if self.seconds is not None and self.modality != "speech":
+            raise UserError(f"--seconds: expected it with --modality speech, got {self.modality}")
 
 
 # Results ------------------------------------------------------------------------------------------

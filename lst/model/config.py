@@ -1,5 +1,6 @@
 """What a model is made of, as typed values."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -97,6 +98,10 @@ class ModelConfig:
                 f"model: the decoder continues the encoder's stream, so their widths must agree; "
                 f"got encoder {self.encoder.dim} and decoder {self.decoder.dim}"
             )
+        for name in ("local_window", "decoder_window", "rope_theta", "norm_eps"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"model: expected {name} to be more than 0, got {value}")
         if self.global_transformer.dim % self.encoder.dim:
             raise UserError(
                 "model: a patch is slots of the local width laid side by side, so the global width "

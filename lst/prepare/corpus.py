@@ -43,7 +43,7 @@ from lst.data.records import (
     validate_record,
     write_shard,
 )
-from lst.errors import UserError
+from lst.errors import UserError, expect_positive
 from lst.files import write_atomically, write_json, writing
 from lst.prepare.authors import AUTHORS_CODEBOOK, AUTHORS_UNITS, authors_records
 from lst.prepare.outcomes import Outcome, Skipped
@@ -91,8 +91,7 @@ class CorpusConfig(Sources):
             raise UserError(
                 f"--rank {self.rank}: expected one in [0, {self.world_size}), the --world-size"
             )
-        if self.shard_inputs < 1:
-            raise UserError(f"--shard-inputs: expected 1 or more, got {self.shard_inputs}")
+        expect_positive(self, "shard_inputs")
         if not 0 <= self.max_skipped_share <= 1:
             raise UserError(
                 f"--max-skipped-share: expected a share in [0, 1], got {self.max_skipped_share}"

@@ -39,7 +39,7 @@ from lst.data.records import (
     read_items,
     write_items,
 )
-from lst.errors import UserError
+from lst.errors import UserError, expect_positive
 from lst.files import replacing, write_json
 from lst.prepare.stats import word_lengths
 from lst.prepare.stories import BLOCK_SIZE, Story, generate_stories, story_questions
@@ -77,10 +77,7 @@ class DemoConfig:
             value = getattr(self, name)
             if value < BLOCK_SIZE or value % BLOCK_SIZE:
                 raise UserError(f"--{name}: expected a multiple of {BLOCK_SIZE}, got {value}")
-        for name in ("hours", "text_tokens", "pieces", "codes", "workers"):
-            if getattr(self, name) <= 0:
-                option = name.replace("_", "-")
-                raise UserError(f"--{option}: expected more than 0, got {getattr(self, name)}")
+        expect_positive(self, "hours", "text_tokens", "pieces", "codes", "workers")
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -6,10 +6,11 @@ A task is done when its shards are, which is found out anew each time: starting 
 again does what is missing.
 """
 
+import shutil
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lst.errors import UserError
+from lst.errors import UserError, expect_positive
 from lst.prepare.corpus import CorpusConfig, plan_corpus
 
 __all__ = ["ExecutorConfig", "SlurmConfig", "make_executor"]
@@ -44,10 +45,11 @@ def make_executor(corpus: CorpusConfig, config: ExecutorConfig) -> Any:
     are in ``OUT/logs``.
 
     Raises:
-        UserError: bad options or sources; datatrove is not installed.
+        UserError: bad options or sources; datatrove or SLURM is not installed.
     """
-    if config.tasks < 1:
-        raise UserError(f"--tasks: expected 1 or more, got {config.tasks}")
+    expect_positive(config, "tasks")
+    if config.workers < 1 and config.workers != -1:
+        raise UserError(f"--workers: expected 1 or more, or -1 for all, got {config.workers}")
     if corpus.world_size > 1:
         raise UserError("--world-size: expected no ranks beside --executor, which makes its own")
     try:
@@ -62,6 +64,8 @@ def make_executor(corpus: CorpusConfig, config: ExecutorConfig) -> Any:
     slurm = config.slurm
     if config.executor == "slurm" and not slurm.partition:
         raise UserError("--slurm.partition: expected the partition to run on, got none")
+    if config.executor == "slurm" and shutil.which("sbatch") is None:
+        raise UserError("--executor slurm: expected SLURM's sbatch on this machine, got none")
     plan_corpus(corpus)
     common = {
         "pipeline": [PrepareShards(corpus)],

@@ -14,7 +14,7 @@ import tyro
 
 from lst.data.interleave import stable_rng
 from lst.data.records import Dataset
-from lst.errors import UserError
+from lst.errors import UserError, expect_positive
 from lst.files import replacing, write_json, writing
 from lst.speech_bpe import SPEECH_BPE, SPEECH_BPE_INFO, SpeechBPE, train_speech_bpe
 
@@ -32,9 +32,7 @@ class SpeechBPEConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("pieces", "sequences"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name}: expected 1 or more, got {getattr(self, name)}")
+        expect_positive(self, "pieces", "sequences")
 
 
 def prepare_speech_bpe(config: SpeechBPEConfig) -> SpeechBPE:

@@ -16,7 +16,7 @@ import tyro
 
 from lst.data.records import Dataset, Record
 from lst.data.statistics import format_table, patch_statistics, usual_strategies
-from lst.errors import UserError
+from lst.errors import UserError, expect_positive
 from lst.files import Location
 from lst.speech_bpe import SPEECH_BPE_INFO, read_speech_bpe
 from lst.vocabulary import Tokenizer
@@ -84,8 +84,7 @@ class StatsConfig:
     tokenizer: Path | None = None  # a file or its folder; None: that of the dataset's corpus
 
     def __post_init__(self) -> None:
-        if self.sample < 1:
-            raise UserError(f"--sample: expected 1 or more, got {self.sample}")
+        expect_positive(self, "sample")
         if not self.sizes:
             raise UserError("--sizes: expected at least one, got none")
 

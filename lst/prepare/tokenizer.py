@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lst.data.records import Dataset
-from lst.errors import UserError
+from lst.errors import UserError, expect_positive
 from lst.files import replacing, writing
 from lst.prepare.outcomes import Skipped
 from lst.prepare.sources import Part, Sources, list_inputs
@@ -39,9 +39,7 @@ class TokenizerConfig:
         if bool(self.text) == bool(self.model):
             given = "both" if self.model else "neither"
             raise UserError(f"expected --text to train on or a --model to import, got {given}")
-        for name in ("pieces", "texts"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name}: expected 1 or more, got {getattr(self, name)}")
+        expect_positive(self, "pieces", "texts")
 
 
 def prepare_tokenizer(config: TokenizerConfig) -> Tokenizer:

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from lst.errors import UserError
+from lst.errors import UserError, expect_option, expect_positive
 from lst.files import replacing, writing
+from lst.machine import find_device
 from lst.prepare.sources import Sources, Utterance, list_inputs, source_kind
 from lst.prepare.speech import open_audio
 from lst.speech.audio import SAMPLE_RATE, AudioError, sample_range
@@ -40,9 +41,8 @@ class CodebookConfig(Sources):
             raise UserError(
                 f"expected --hubert and --layer together, got {self.hubert} and {self.layer}"
             )
-        for name in ("codes", "minutes"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"--{name}: expected more than 0, got {getattr(self, name)}")
+        expect_positive(self, "codes", "minutes")
+        expect_option(0 <= self.seed < 2**32, "seed", "0 or more, below 2^32", self.seed)
 
 
 def fit_codebook(config: CodebookConfig) -> str:
@@ -56,6 +56,8 @@ def fit_codebook(config: CodebookConfig) -> str:
     """
     if config.out.exists():
         raise UserError(f"--out {config.out}: exists, and what is made with it depends on it")
+    if config.hubert is not None:
+        find_device(config.device)  # before the audio is read
     passed_over: list[str] = []
     waveforms = list(_sample(config, passed_over))
     if not waveforms:

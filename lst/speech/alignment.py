@@ -25,6 +25,7 @@ import torch
 
 from lst.data.records import Span, Word
 from lst.errors import UserError
+from lst.machine import find_device
 from lst.speech.audio import SAMPLE_RATE, Timed
 from lst.speech.ctc import best_paths, frames_needed
 from lst.speech.units import word_frames
@@ -96,8 +97,9 @@ class CTCAligner:
 
         Raises:
             UserError: not a Wav2Vec2 model with a CTC head, or one whose tokenizer has no
-                characters or another blank; transformers is not installed.
+                characters or another blank; no such device; transformers is not installed.
         """
+        place = find_device(device)
         model, normalize = load_pretrained(name, "wav2vec2", "Wav2Vec2ForCTC")
         if model.config.add_adapter:
             raise UserError(f"{name}: expected a model without an adapter after its transformer")
@@ -129,8 +131,8 @@ class CTCAligner:
         if not vocabulary:
             raise UserError(f"{name}: expected a vocabulary of characters, got none")
         return cls(
-            FrameModel(model.wav2vec2, layer=None, normalize=normalize).to(device),
-            model.lm_head.requires_grad_(False).to(device),
+            FrameModel(model.wav2vec2, layer=None, normalize=normalize).to(place),
+            model.lm_head.requires_grad_(False).to(place),
             vocabulary,
             blank=blank,
             # transformers adds a delimiter to the tokenizer of a model that was made without one.

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lst.data.records import FRAMES_PER_SECOND
 from lst.errors import UserError
+from lst.machine import find_device
 from lst.speech.audio import SAMPLE_RATE
 from lst.speech.units import CONTEXT, STRETCH, in_stretches
 from lst.speech.wav2vec2 import FrameModel, load_pretrained
@@ -67,16 +68,18 @@ class HubertKMeans:
 
         Raises:
             UserError: a model that is not HuBERT, or not at 25 Hz, or has no such layer; centroids
-                of another size; files that cannot be read; transformers is not installed.
+                of another size; files that cannot be read; no such device; transformers is not
+                installed.
         """
-        model = _open(name, layer).to(device)
+        place = find_device(device)
+        model = _open(name, layer).to(place)
         centroids = read_centroids(codebook, allow_pickle=allow_pickle)
         if centroids.shape[1] != model.width:
             raise UserError(
                 f"{codebook}: expected centroids of {model.width} numbers, as the layers of {name} "
                 f"have, got {centroids.shape[1]}"
             )
-        return cls(model, torch.from_numpy(centroids).to(device), layer)
+        return cls(model, torch.from_numpy(centroids).to(place), layer)
 
     @classmethod
     def fit(
@@ -108,7 +111,8 @@ class HubertKMeans:
                 "fitting speech units needs scikit-learn, which is not installed: "
                 "pip install 'lst[speech]'"
             ) from None
-        model = _open(name, layer).to(device)
+        place = find_device(device)
+        model = _open(name, layer).to(place)
         states = [model.states([waveform])[0].cpu().numpy() for waveform in waveforms]
         frames = np.concatenate(states) if states else np.zeros((0, model.width), np.float32)
         if len(frames) < num_units:
@@ -118,7 +122,7 @@ class HubertKMeans:
             )
         kmeans = MiniBatchKMeans(num_units, random_state=seed, n_init=1, batch_size=4096)
         centroids = kmeans.fit(frames).cluster_centers_.astype(np.float32)
-        return cls(model, torch.from_numpy(centroids).to(device), layer)
+        return cls(model, torch.from_numpy(centroids).to(place), layer)
 
     def save(self, path: Path | str) -> None:
         """Write the centroids as a ``.safetensors`` file; the model is not in it."""

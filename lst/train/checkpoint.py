@@ -39,6 +39,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from lst.errors import UserError
 from lst.files import fsync, write_json, writing
+from lst.machine import find_device
 from lst.model import LanguageModel, build_model
 from lst.pretrained import CODEBOOK, Pretrained, from_pretrained, is_pretrained
 from lst.speech_bpe import SPEECH_BPE, SpeechBPE
@@ -393,8 +394,9 @@ def load_trained(path: Path | str, device: torch.device | str) -> Pretrained:
             :func:`lst.pretrained.save_pretrained`, or the hub's name of one.
 
     Raises:
-        UserError: nothing of the kind there, or it is damaged.
+        UserError: nothing of the kind there, or it is damaged; no such device here.
     """
+    device = find_device(device)
     if is_pretrained(path):
         return from_pretrained(path, device)
     folder = find_checkpoint(Path(path))

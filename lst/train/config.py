@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from lst.data.loader import DataConfig
-from lst.errors import UserError
+from lst.errors import UserError, expect_option, expect_positive
 from lst.model import ModelConfig
 
 T = TypeVar("T")
@@ -34,13 +34,19 @@ class OptimizerConfig:
     clip: float = 1.0  # largest global norm of the gradient
 
     def __post_init__(self) -> None:
-        _expect(self.lr > 0, "optimizer.lr", "more than 0", self.lr)
+        expect_option(self.lr > 0, "optimizer.lr", "more than 0", self.lr)
         for beta in self.betas:
-            _expect(0 <= beta < 1, "optimizer.betas", "numbers in [0, 1)", self.betas)
-        _expect(self.weight_decay >= 0, "optimizer.weight-decay", "0 or more", self.weight_decay)
-        _expect(self.warmup_steps >= 0, "optimizer.warmup-steps", "0 or more", self.warmup_steps)
-        _expect(0 <= self.min_lr_ratio <= 1, "optimizer.min-lr-ratio", "[0, 1]", self.min_lr_ratio)
-        _expect(self.clip > 0, "optimizer.clip", "more than 0", self.clip)
+            expect_option(0 <= beta < 1, "optimizer.betas", "numbers in [0, 1)", self.betas)
+        expect_option(
+            self.weight_decay >= 0, "optimizer.weight-decay", "0 or more", self.weight_decay
+        )
+        expect_option(
+            self.warmup_steps >= 0, "optimizer.warmup-steps", "0 or more", self.warmup_steps
+        )
+        expect_option(
+            0 <= self.min_lr_ratio <= 1, "optimizer.min-lr-ratio", "[0, 1]", self.min_lr_ratio
+        )
+        expect_option(self.clip > 0, "optimizer.clip", "more than 0", self.clip)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +63,8 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         if self.replicas is not None:
             name = "parallel.replicas"
-            _expect(self.replicas >= 1, name, "1 or more", self.replicas)
-            _expect(
+            expect_option(self.replicas >= 1, name, "1 or more", self.replicas)
+            expect_option(
                 self.strategy == "hsdp", name, "it with hsdp alone", f"strategy {self.strategy}"
             )
 
@@ -103,26 +109,13 @@ class TrainConfig:
     wandb: str | None = None  # a project of Weights & Biases to log to as well
 
     def __post_init__(self) -> None:
-        counts = (
-            "steps",
-            "accumulation",
-            "validate_every",
-            "checkpoint_every",
-            "keep",
-            "log_every",
-            "max_skipped",
-        )
-        for name in counts:
-            value = getattr(self, name)
-            _expect(value >= 1, name.replace("_", "-"), "1 or more", value)
-        if self.keep_every is not None:
-            _expect(self.keep_every >= 1, "keep-every", "1 or more", self.keep_every)
-        _expect(self.hang_timeout >= 0, "hang-timeout", "0 or more", self.hang_timeout)
-        if self.peak_tflops is not None:
-            _expect(self.peak_tflops > 0, "peak-tflops", "more than 0", self.peak_tflops)
+        counts = ("steps", "accumulation", "max_skipped", "keep", "keep_every")
+        intervals = ("validate_every", "checkpoint_every", "log_every")
+        expect_positive(self, *counts, *intervals, "peak_tflops")
+        expect_option(self.hang_timeout >= 0, "hang-timeout", "0 or more", self.hang_timeout)
         if self.init_from is not None and self.warm_start is not None:
             raise UserError("--init-from: expected it or --warm-start, got both")
-        _expect(0 <= self.seed < 2**63, "seed", "0 or more, below 2^63", self.seed)
+        expect_option(0 <= self.seed < 2**63, "seed", "0 or more, below 2^63", self.seed)
 
 
 # What a run may be resumed with another value of: where things are and how often it tells of them.
@@ -151,11 +144,6 @@ FREE_ON_RESUME = frozenset(
         "wandb",
     }
 )
-
-
-def _expect(holds: bool, name: str, expected: str, got: object) -> None:
-    if not holds:
-        raise UserError(f"--{name}: expected {expected}, got {got}")
 
 
 def to_json(config: Any) -> dict[str, Any]:

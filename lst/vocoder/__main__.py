@@ -64,7 +64,7 @@ def read_units(path: Path) -> np.ndarray:
             units = np.load(path, allow_pickle=False)
         else:
             units = np.array([int(word) for word in path.read_text().split()], np.int64)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, OverflowError, EOFError) as error:
         raise UserError(f"{path}: expected speech units ({error})") from None
     return units
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lst.data.records import FRAMES_PER_SECOND, Dataset
-from lst.errors import UserError
+from lst.errors import UserError, expect_option
 from lst.files import write_atomically, writing
 from lst.speech.audio import write_wav
 from lst.speech.synthesis import HELD_OUT_VOICE, TRAINING_VOICES, synthesize
@@ -29,6 +29,9 @@ class RecordingsConfig:
     corpus: Path  # a dataset of the demo corpus, such as data/demo/train/speech
     out: Path  # the folder to write WAV files and manifest.csv to
     minutes: float = float("inf")  # at most, from the first record on
+
+    def __post_init__(self) -> None:
+        expect_option(self.minutes > 0, "minutes", "more than 0", self.minutes)
 
 
 def write_recordings(config: RecordingsConfig) -> str:

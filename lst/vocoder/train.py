@@ -34,8 +34,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lst.data.records import FRAMES_PER_SECOND
-from lst.errors import UserError
+from lst.errors import UserError, expect_positive
 from lst.files import fsync, write_json, writing
+from lst.machine import find_device
 from lst.prepare.sources import Sources, source_kind
 from lst.speech.audio import write_wav
 from lst.speech.units import UnitEncoder, UnitsConfig, load_units
@@ -45,6 +46,8 @@ from lst.train.manifest import faults, file_names, hash_files, write_manifest
 from lst.train.metrics import drop_lines_after
 from lst.train.run_folder import RunLock
 from lst.vocoder.clips import (
+    LIST,
+    UNITS,
     Clip,
     Stretches,
     draw,
@@ -108,10 +111,7 @@ class TrainVocoderConfig(Sources):
             "steps", "batch", "stretch_units", "learning_rate", "half_life", "held_out",
             "report_every", "save_every",
         )  # fmt: skip
-        for name in positive:
-            if getattr(self, name) <= 0:
-                option = name.replace("_", "-")
-                raise UserError(f"--{option}: expected more than 0, got {getattr(self, name)}")
+        expect_positive(self, *positive)
         _ = self.units  # checks that its options go together
 
     @property
@@ -143,8 +143,10 @@ def train_vocoder(config: TrainVocoderConfig) -> str:
         A line on how it ended.
 
     Raises:
-        UserError: bad options or sources; a folder that holds something else; damaged files.
+        UserError: bad options or sources, or no such device; a folder that holds something else;
+            damaged files.
     """
+    find_device(config.device)
     lock = RunLock()
     _claim(config)
     lock.take(config.out)
@@ -171,12 +173,13 @@ def train_vocoder(config: TrainVocoderConfig) -> str:
 
 
 def _claim(config: TrainVocoderConfig) -> None:
-    """Check that the folder is for these settings."""
+    """Check that the folder is for these settings; one without clips is not yet for any."""
     path = config.out / SETTINGS
     settings = config.settings
-    if not path.is_file():
+    if not (path.is_file() and (config.out / LIST).is_file()):
         with writing(config.out):
-            if config.out.is_dir() and any(each.name != ".lock" for each in config.out.iterdir()):
+            begun = {".lock", SETTINGS, UNITS}
+            if config.out.is_dir() and any(each.name not in begun for each in config.out.iterdir()):
                 raise UserError(
                     f"--out {config.out}: expected an empty or absent folder, got files"
                 )
@@ -235,19 +238,13 @@ class _Run:
     def of(cls, config: TrainVocoderConfig) -> "_Run":
         """From the last checkpoint, or from the start."""
         encoder = load_units(config.units)
-        clips = read_clips(config.out)
-        if clips is None:
-            clips, passed_over = make_clips(config, encoder)
-            _expect_clips(config, clips, passed_over)
+        known = read_clips(config.out)
+        clips = _make_clips(config, encoder) if known is None else known
+        speakers = _speakers(config, clips)
+        if known is None:
             write_clips(config.out, clips)
         held_out, learnt = _share(config, clips)
-        run = cls(
-            config,
-            clips=learnt,
-            held_out=held_out,
-            speakers=_speakers(config, clips),
-            encoder=encoder,
-        )
+        run = cls(config, clips=learnt, held_out=held_out, speakers=speakers, encoder=encoder)
         if folder := _last_checkpoint(config.out):
             run.load(folder)
         (config.out / METRICS).touch()
@@ -451,9 +448,9 @@ def _seeded(seed: int, step: int, device: str) -> Iterator[None]:
         yield
 
 
-def _expect_clips(
-    config: TrainVocoderConfig, clips: Sequence[Clip], passed_over: Sequence[str]
-) -> None:
+def _make_clips(config: TrainVocoderConfig, encoder: UnitEncoder) -> list[Clip]:
+    """Encode every recording. Raises UserError where none is left to learn from."""
+    clips, passed_over = make_clips(config, encoder)
     if passed_over:
         print(f"{len(passed_over)} recordings passed over; the first: {passed_over[0]}", flush=True)
     long_enough = [clip for clip in clips if len(clip.units) >= config.stretch_units]
@@ -462,6 +459,7 @@ def _expect_clips(
             f"expected more than the {config.held_out} recordings that are held out, of at least "
             f"{config.stretch_units} units each, got {len(long_enough)}"
         )
+    return clips
 
 
 def _share(

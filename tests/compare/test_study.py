@@ -171,6 +171,8 @@ def test_no_run_starts_after_the_minutes_are_over(trained, tmp_path):
         ({"arms": ("static", "dynamic")}, "--arms: expected some of .*, got 'dynamic'"),
         ({"arms": ("baseline",)}, "--arms: expected 'static' among them"),
         ({"minutes": 0.0}, "--minutes: expected more than 0, got 0.0"),
+        ({"minutes": float("nan")}, "--minutes: expected more than 0, got nan"),
+        ({"workers": 0}, "--workers: expected 1 or more, got 0"),
     ],
 )
 def test_bad_options_are_told(changes, message):

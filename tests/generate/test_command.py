@@ -364,6 +364,8 @@ def test_a_prompt_longer_than_the_context(run: Run) -> None:
         (("--prompt", "a", "--prompts", "b"), "expected --prompt or --prompts, got both"),
         (("--num-samples", "0"), "--num-samples: expected 1 or more, got 0"),
         (("--context", "0"), "--context: expected 1 or more, got 0"),
+        (("--max-prompt-seconds", "nan"), "--max-prompt-seconds: expected more than 0, got nan"),
+        (("--device", "tpu"), "device tpu: expected one that is here, such as cpu ("),
         (("--temperature", "-1"), "expected a temperature of 0 or more, got -1.0"),
         (("--top-p", "0"), "expected a top-p in (0, 1], got 0.0"),
         (("--seconds", "3"), "--seconds: expected it with --modality speech, got any"),

@@ -437,6 +437,13 @@ def test_impossible_stacks_are_refused(changes, message):
         StackConfig(**({"layers": 1, "dim": 32, "heads": 2} | changes))
 
 
+@pytest.mark.parametrize("name", ["local_window", "decoder_window", "rope_theta", "norm_eps"])
+@pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf")])
+def test_a_window_or_constant_that_is_not_above_zero_is_refused(name, value):
+    with pytest.raises(UserError, match=f"model: expected {name} to be more than 0, got {value}"):
+        small_config(**{name: value})
+
+
 def test_widths_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match="multiple of 16"):
         small_config(global_transformer=StackConfig(layers=1, dim=40, heads=2))

@@ -17,7 +17,7 @@ from lst.data.records import Dataset
 from lst.errors import UserError
 from lst.prepare import corpus
 from lst.prepare.corpus import CorpusConfig, describe_corpus, plan_corpus, prepare_corpus
-from lst.prepare.executors import ExecutorConfig, make_executor
+from lst.prepare.executors import ExecutorConfig, SlurmConfig, make_executor
 from lst.prepare.sources import Utterance
 from lst.prepare.speech import Studio
 from lst.speech import units
@@ -492,6 +492,7 @@ def test_datatrove_submits_a_slurm_array_whose_tasks_make_the_dataset(config, ma
 BAD_EXECUTORS = [
     ({"executor": "slurm"}, {}, "--slurm.partition: expected the partition to run on, got none"),
     ({"executor": "local", "tasks": 0}, {}, "--tasks: expected 1 or more, got 0"),
+    ({"executor": "local", "workers": 0}, {}, "--workers: expected 1 or more, or -1 for all, got"),
     ({"executor": "local"}, {"world_size": 2}, "--world-size: expected no ranks beside --executor"),
 ]
 
@@ -501,6 +502,15 @@ def test_an_executor_needs_its_options(config, options, ranks, message):
     pytest.importorskip("datatrove")
     with pytest.raises(UserError, match=message):
         make_executor(replace(config, **ranks), ExecutorConfig(**options))
+    assert not config.out.exists()
+
+
+def test_without_slurm_its_executor_says_so(config, monkeypatch, tmp_path):
+    pytest.importorskip("datatrove")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    executor = ExecutorConfig(executor="slurm", slurm=SlurmConfig(partition="cpu"))
+    with pytest.raises(UserError, match="--executor slurm: expected SLURM's sbatch"):
+        make_executor(config, executor)
     assert not config.out.exists()
 
 

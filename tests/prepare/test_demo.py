@@ -316,10 +316,11 @@ def test_a_damaged_corpus_json_is_named(config: DemoConfig, tmp_path: Path) -> N
     ("options", "message"),
     [
         ({"hours": 0.0}, "--hours: expected more than 0, got 0.0"),
-        ({"text_tokens": -1}, "--text-tokens: expected more than 0, got -1"),
+        ({"hours": float("nan")}, "--hours: expected more than 0, got nan"),
+        ({"text_tokens": -1}, "--text-tokens: expected 1 or more, got -1"),
         ({"questions": 12}, "--questions: expected a multiple of 8, got 12"),
         ({"validation": 0}, "--validation: expected a multiple of 8, got 0"),
-        ({"workers": 0}, "--workers: expected more than 0, got 0"),
+        ({"workers": 0}, "--workers: expected 1 or more, got 0"),
     ],
 )
 def test_impossible_settings_are_named(options: dict[str, Any], message: str) -> None:

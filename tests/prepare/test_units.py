@@ -60,7 +60,9 @@ def test_what_is_in_the_way_of_a_codebook(spoken_folder, tmp_path):
         fit_codebook(CodebookConfig(out=out, folder=spoken_folder))
     for options, message in [
         ({"text": ("a",)}, "--text: expected a source of audio"),
-        ({"folder": "a", "codes": 0}, "--codes: expected more than 0, got 0"),
+        ({"folder": "a", "codes": 0}, "--codes: expected 1 or more, got 0"),
+        ({"folder": "a", "minutes": float("nan")}, "--minutes: expected more than 0, got nan"),
+        ({"folder": "a", "seed": -1}, r"--seed: expected 0 or more, below 2\^32, got -1"),
         ({"folder": "a", "hubert": "x"}, "expected --hubert and --layer together"),
     ]:
         with pytest.raises(UserError, match=message):

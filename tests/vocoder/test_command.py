@@ -64,6 +64,7 @@ def test_units_are_said_by_a_vocoder_and_by_a_codebook(recordings, codebook, tmp
         ("3 4 5000", r"units in \[0, 20\), got 3 to 5000"),
         ("-1", r"units in \[0, 20\), got -1 to -1"),
         ("1.5", "units.txt: expected speech units"),
+        ("9" * 20, "units.txt: expected speech units"),
     ],
 )
 def test_units_that_are_none_leave_no_file(codebook, tmp_path, content, message):
@@ -133,3 +134,11 @@ def test_the_configuration_has_the_names_of_codehifigan(recordings, codebook, tm
         "upsample_rates": [10, 8, 8], "upsample_kernel_sizes": [20, 16, 16],
     }  # fmt: skip
     assert {name: about[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan"])
+def test_recordings_of_no_length_are_refused(tmp_path, minutes):
+    words = ["--corpus", tmp_path, "--out", tmp_path / "out", "--minutes", minutes]
+    with pytest.raises(UserError, match="--minutes: expected more than 0, got"):
+        command("recordings", *words)
+    assert not (tmp_path / "out").exists()

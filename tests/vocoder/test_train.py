@@ -245,8 +245,9 @@ def test_other_settings_or_another_folder_are_refused(recordings, tmp_path):
     ("values", "message"),
     [
         ({"size": "huge"}, r"--size: expected one of hifigan, tiny.*got 'huge'"),
-        ({"steps": 0}, "--steps: expected more than 0, got 0"),
-        ({"stretch_units": -1}, "--stretch-units: expected more than 0"),
+        ({"steps": 0}, "--steps: expected 1 or more, got 0"),
+        ({"stretch_units": -1}, "--stretch-units: expected 1 or more"),
+        ({"learning_rate": float("nan")}, "--learning-rate: expected more than 0, got nan"),
         ({"manifest": (), "text": ("a.txt",)}, "--text: expected a source of audio"),
         ({"hubert": "somewhere"}, "--hubert and --layer together"),
     ],
@@ -263,6 +264,17 @@ def test_too_few_recordings_are_told_of(recordings, tmp_path):
         train_vocoder(configured(recordings, tmp_path / "two", stretch_units=900))
     with pytest.raises(UserError, match=r"--by-speaker: .*\.wav: expected a speaker, got none"):
         train_vocoder(configured(recordings, tmp_path / "three", manifest=(), folder=recordings))
+
+
+def test_what_fails_before_the_first_clip_takes_no_folder(recordings, tmp_path):
+    with pytest.raises(UserError, match="device tpu: expected one that is here"):
+        train_vocoder(configured(recordings, tmp_path / "none", device="tpu"))
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(UserError, match="nowhere: no codebook could be read"):
+        train_vocoder(configured(recordings, tmp_path / "run", codebook=Path("nowhere")))
+    with pytest.raises(UserError, match="--by-speaker: "):
+        train_vocoder(configured(recordings, tmp_path / "run", manifest=(), folder=recordings))
+    assert "1 steps" in train_vocoder(configured(recordings, tmp_path / "run", steps=1))
 
 
 # --- clips ----------------------------------------------------------------------------------------
