@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 from safetensors.torch import save_file
 
-from lst.errors import UserError, run_command
+from lst.errors import UserError, expect_positive, run_command
 from lst.files import making_folder
 from lst.model.llama import CONFIG, WEIGHTS, to_llama
 from lst.pretrained import save_pretrained
@@ -22,12 +22,16 @@ class ExportConfig:
     """Write a trained model for others to load: by lst.pretrained.from_pretrained, or, of a model
     that was started from a Llama, its global transformer as a Llama again."""
 
-    checkpoint: Annotated[Path, tyro.conf.Positional]  # or a run folder, for its newest
-    pretrained: Path | None = None  # a folder to make: all that any command here needs of a model
-    codebook: Path | None = None  # of its speech units, for --pretrained; None: its corpus' own
-    llama: Path | None = None  # a folder to make: config.json, model.safetensors and the tokenizer
-    positions: int | None = None  # max_position_embeddings of --llama; None: units of a training
-    # sequence
+    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+    """A run folder, a checkpoint, a pretrained folder, or the name of one on the hub."""
+    pretrained: Path | None = None
+    """A folder to make: all that any command here needs of a model."""
+    codebook: Path | None = None
+    """Of the model's speech units, for --pretrained; None: the one of its corpus."""
+    llama: Path | None = None
+    """A folder to make: config.json, model.safetensors and the tokenizer."""
+    positions: int | None = None
+    """Its max_position_embeddings, for --llama; None: units of a training sequence."""
 
     def __post_init__(self) -> None:
         if (self.pretrained is None) == (self.llama is None):
@@ -37,6 +41,7 @@ class ExportConfig:
             raise UserError("--codebook: expected it with --pretrained alone")
         if self.positions is not None and self.llama is None:
             raise UserError("--positions: expected it with --llama alone")
+        expect_positive(self, "positions")
 
 
 def export(options: ExportConfig) -> Path:
@@ -83,7 +88,7 @@ def export_llama(options: ExportConfig) -> Path:
 
 
 def main() -> None:
-    options = tyro.cli(ExportConfig, prog="python -m lst.export", description=__doc__)
+    options = tyro.cli(ExportConfig, prog="python -m lst.export")
     print(f"written: {export(options)}")
 
 

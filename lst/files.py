@@ -143,10 +143,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def expect_absent(path: Path) -> None:
-    """Raise UserError where there is something that a folder to make would take the place of."""
+    """Raise UserError where a folder cannot be made: something is there, or a file above it."""
     with writing(path):
         if path.exists() or path.is_symlink():
             raise UserError(f"{path}: expected a folder to make, got one that is there")
+        above = next(each for each in path.absolute().parents if each.exists())
+        if not above.is_dir():
+            raise UserError(f"{path}: expected a folder to make, got a file above it, {above}")
 
 
 @contextmanager

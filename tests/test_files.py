@@ -9,7 +9,7 @@ import fsspec
 import pytest
 
 from lst.errors import UserError
-from lst.files import Location, replacing, write_atomically, write_json
+from lst.files import Location, expect_absent, replacing, write_atomically, write_json
 
 FILES = {"a/one.txt": b"1", "a/two.txt": b"22", "b/three.txt": b"333", "top.txt": b""}
 
@@ -130,3 +130,10 @@ def test_what_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/a: cannot be written \(Not a directory\)$"):
         write_json(tmp_path / "file" / "a", 1)
+
+
+def test_a_folder_below_a_file_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=r"a/b: expected a folder to make, got a file above it, /"):
+        expect_absent(tmp_path / "file" / "a" / "b")
+    expect_absent(tmp_path / "new" / "a")

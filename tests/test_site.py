@@ -8,6 +8,7 @@ import sys
 from contextlib import redirect_stdout
 from html.parser import HTMLParser
 from io import StringIO
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,37 @@ def test_a_command_of_a_page_has_the_options_that_it_shows(module, words, monkey
 
 def test_the_pages_show_commands():
     assert len(list(commands_shown())) >= 30
+
+
+COMMANDS = [
+    ("lst.train",), ("lst.generate",), ("lst.evaluate",), ("lst.evaluate.word_embeddings",),
+    ("lst.compare",), ("lst.demo",), ("lst.export",), ("lst.flops",),
+    *(("lst.prepare", each) for each in ("demo", "corpus", "units", "stats", "tokenizer")),
+    *(("lst.vocoder", each) for each in ("train", "synthesise", "recordings")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_the_help_of_a_command_is_prose_for_its_user(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    said = help_of(*command)
+    assert said.startswith(f"usage: python -m {' '.join(command)} ")
+    assert "``" not in said
+    assert ":mod:" not in said
+
+
+def test_the_comment_of_an_option_does_not_go_on_below_it():
+    """--help shows what is behind a field, and of what is below it nothing."""
+    behind, below = re.compile(r"    \w+: .*\S  # "), re.compile(r"    # [a-z`(]")
+    broken = []
+    for path in sorted((ROOT / "lst").rglob("*.py")):
+        lines = path.read_text().splitlines()
+        broken += [
+            f"{path.relative_to(ROOT)}:{number}"
+            for number, (line, following) in enumerate(pairwise(lines), start=1)
+            if behind.match(line) and below.match(following)
+        ]
+    assert broken == []
 
 
 # --- the site -------------------------------------------------------------------------------------

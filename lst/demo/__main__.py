@@ -28,22 +28,37 @@ from lst.train.checkpoint import load_trained
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """Serve a page to try a trained model by."""
+    """Serve a page to try a trained model by.
 
-    checkpoint: Annotated[str, tyro.conf.Positional]
+    Type, upload or record a prompt; hear and read how the model goes on; see its patches.
+    """
+
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """A run folder, a checkpoint, a pretrained folder, or the name of one on the hub."""
-    host: str = "127.0.0.1"  # who may come: this machine alone; 0.0.0.0: whoever reaches it
-    port: int = 7860  # 0: any that is free
-    codebook: Path | None = None  # what makes units of audio; None: the corpus's
-    hubert: str | None = None  # with it the codebook is a k-means of HuBERT's states
-    layer: int | None = None  # of HuBERT
-    voice: Path | None = None  # what speaks units, a codebook or vocoder; None: the codebook
-    speaker: str | None = None  # one of the vocoder's
+    host: str = "127.0.0.1"
+    """The address to serve at; 0.0.0.0: whoever reaches this machine may come."""
+    port: int = 7860
+    """0: any that is free."""
+    codebook: Path | None = None
+    """Of the model's speech units; None: the one that comes with the model or its corpus."""
+    hubert: str | None = None
+    """HuBERT that the codebook is of: a folder or a hub name; with --layer."""
+    layer: int | None = None
+    """Of HuBERT, whose states the codebook is of."""
+    voice: Path | None = None
+    """What speaks units: a vocoder's folder, or a log-mel codebook; None: the model's codebook."""
+    speaker: str | None = None
+    """One of the vocoder's speakers."""
     device: str = "cpu"
-    max_seconds: float = Limits.seconds  # of audio in a prompt
-    max_megabytes: float = 20.0  # of an uploaded file
-    max_tokens: int = Limits.tokens  # of a continuation
-    time_limit: float = Limits.time  # seconds for a continuation
+    """Where the model runs."""
+    max_seconds: float = Limits.seconds
+    """Of audio in a prompt."""
+    max_megabytes: float = 20.0
+    """Of an uploaded file."""
+    max_tokens: int = Limits.tokens
+    """Of a continuation."""
+    time_limit: float = Limits.time
+    """Seconds for a continuation."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
@@ -96,7 +111,8 @@ def serve(config: DemoConfig) -> None:
             )
         except OSError:
             raise UserError(
-                f"--port: expected one that is free, got {config.port} of {config.host}"
+                f"--host, --port: expected an address that is free here, got {config.host}:"
+                f"{config.port}"
             ) from None
         print(f"{page.local_url}  (Ctrl-C ends it)", flush=True)
         try:
@@ -113,7 +129,7 @@ def _free_port() -> int:
 
 
 def main() -> None:
-    config = tyro.cli(DemoConfig, description=__doc__)
+    config = tyro.cli(DemoConfig, prog="python -m lst.demo")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
         serve(config)

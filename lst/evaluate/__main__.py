@@ -13,7 +13,7 @@ from lst.train.checkpoint import load_trained
 
 
 def main() -> None:
-    config = tyro.cli(EvaluateConfig, description=__doc__)
+    config = tyro.cli(EvaluateConfig, prog="python -m lst.evaluate")
     trained = load_trained(config.checkpoint, config.device)
     trained.model.eval()
     report = TASKS[config.task](config, trained)

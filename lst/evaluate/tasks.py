@@ -50,39 +50,48 @@ MODES: dict[str, Mode] = {"S2S": "S→S", "T2T": "T→T", "S2T": "S→T", "T2S":
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Which checkpoint to evaluate, on what."""
+    """Measure what a checkpoint can do."""
 
-    checkpoint: Annotated[str, tyro.conf.Positional]
-    """A run folder, one of its checkpoints, a folder of save_pretrained or its name on the hub."""
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+    """A run folder, a checkpoint, a pretrained folder, or the name of one on the hub."""
     task: str = "stories"
-    """stories (of the corpus trained on), hellaswag, storycloze, topicstorycloze, swuggy, sblimp;
-    asr and tts, of a model that was trained to transcribe and to speak"""
+    """stories (of the corpus), hellaswag, storycloze, topicstorycloze, swuggy, sblimp, asr, tts."""
     data: Path | None = None
-    """The task's file or folder. None: the stories of the corpus; of asr and tts, its
-    valid/speech."""
+    """The task's file or folder; None: the corpus's stories, or valid/speech for asr and tts."""
     modes: tuple[Literal["S2S", "T2T", "S2T", "T2S"], ...] | None = None
     """Prompt to ending, speech or text. None: S2S and T2T, as far as the data has them."""
     espeak: str | None = None
-    """Speak what is written, by a voice of ours (us-f4) or of espeak's (en-us+f4); None: units and
-    recordings as they are."""
-    codebook: Path | None = None  # of the units of recordings; None: that of the corpus trained on
-    hubert: str | None = None  # HuBERT that the codebook is of: a folder or a hub name
-    layer: int | None = None  # of HuBERT
-    boundary_noise_ms: float | None = None  # of aligned patches; None: as in training
+    """Speak what is written by a voice, ours (us-f4) or espeak's (en-us+f4); None: do not."""
+    codebook: Path | None = None
+    """Of the model's speech units; None: the one that comes with the model or its corpus."""
+    hubert: str | None = None
+    """HuBERT that the codebook is of: a folder or a hub name; with --layer."""
+    layer: int | None = None
+    """Of HuBERT, whose states the codebook is of."""
+    boundary_noise_ms: float | None = None
+    """Aligned boundaries are moved by up to so much; None: as in training."""
     normaliser: Normaliser = "english"
     """What asr and tts do to both texts before they compare them: Whisper's english or basic."""
-    recogniser: str | None = None  # of tts: a model that transcribes what was spoken
-    temperature: float = 0.0  # of tts; 0: the likeliest unit after unit
-    seed: int = 0  # of tts
-    tokens_per_batch: int = 16384  # documents are packed up to about so many tokens
+    recogniser: str | None = None
+    """Of tts: a checkpoint that transcribes what was spoken."""
+    temperature: float = 0.0
+    """Of tts; 0: always the likeliest token."""
+    seed: int = 0
+    """Of what tts draws."""
+    tokens_per_batch: int = 16384
+    """Documents are packed up to about so many tokens."""
     device: str = "cpu"
+    """Where the model runs."""
     json: Path | None = None
-    """Write the result to this file. Answers are kept beside it: a command that was stopped goes on
-    where it was."""
+    """A file for the result. Answers are kept beside it: a stopped command goes on where it was."""
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise UserError(f"--task: expected one of {', '.join(TASKS)}, got {self.task!r}")
+        if self.modes is not None and not self.modes:
+            raise UserError("--modes: expected one or more, got none")
+        if self.json is not None and self.json.is_dir():
+            raise UserError(f"--json {self.json}: expected a file to write, got a folder")
         expect_positive(self, "tokens_per_batch")
 
 

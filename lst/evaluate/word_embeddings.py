@@ -186,12 +186,18 @@ def draw(vectors: np.ndarray, words: Sequence[str], chosen: Mapping[str, str], p
 class WordEmbeddingsConfig:
     """Measure and draw the patch embeddings of spoken words."""
 
-    checkpoint: Annotated[Path, tyro.conf.Positional]  # a run folder or one of its checkpoints
-    dataset: str | None = None  # a speech dataset; None: valid/speech of the corpus trained on
-    out: Path | None = None  # folder of the results; None: the checkpoint's
-    categories: Path | None = None  # JSON, {"category": ["word", …], …}; None: common words
-    least: int = 4  # times that a word must be spoken
+    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+    """A run folder, a checkpoint, or a pretrained folder."""
+    dataset: str | None = None
+    """Of speech; None: valid/speech of the corpus trained on."""
+    out: Path | None = None
+    """A folder for word_embeddings.json and .png; None: the checkpoint's own."""
+    categories: Path | None = None
+    """A file of JSON, {"category": ["word", …], …}; None: common words."""
+    least: int = 4
+    """Times that a word must be spoken."""
     device: str = "cpu"
+    """Where the model runs."""
 
     def __post_init__(self) -> None:
         if self.least < 2:

@@ -1,9 +1,4 @@
-"""``python -m lst.generate CHECKPOINT --prompt …``: continue text and speech with a trained model.
-
---prompt is text, or an audio file where it ends in .wav, .flac, .mp3 or .ogg, and may be given
-several times: the parts follow one another. The continuation goes to stdout, stretches of speech in
-it as [1.24 s of speech]; --out makes a folder with the sound as well.
-"""
+"""``python -m lst.generate CHECKPOINT --prompt …``: go on with text and speech."""
 
 import json
 import sys
@@ -36,17 +31,20 @@ ALIGNED = np.zeros((0, 2), np.int32)  # nothing is
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
-    """What to continue, with what, and how."""
+    """Continue text and speech with a trained model.
 
-    checkpoint: Annotated[Path, tyro.conf.Positional]
+    The continuation goes to stdout, stretches of speech in it as [1.24 s of speech]; --out makes a
+    folder with the sound as well.
+    """
+
+    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """A run folder, a checkpoint, a pretrained folder, or the name of one on the hub."""
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Text or an audio file; several in their order. None at all: from the start of a document."""
+    """Text, or an audio file by its ending (.wav, .flac, .mp3, .ogg); several in their order."""
     prompts: Path | None = None
     """A JSONL file of requests, a line each, to continue many: {"prompt": "Once"}."""
     out: Path | None = None
-    """A folder to make: continuation.txt, units.json, prompt.wav and continuation.wav; with
-    several results a folder each, and results.jsonl."""
+    """A folder to make, of text, units and sound; for several results, of a folder for each."""
     num_samples: int = 1
     """Continuations of each prompt; number i draws as with --seed SEED + i."""
     modality: Modality = "any"
@@ -74,15 +72,15 @@ class GenerateConfig:
     batch_size: int = 16
     """Continuations made together; each is what it would be alone."""
     codebook: Path | None = None
-    """Of the model's speech units; None: the log-mel codebook that comes with the model."""
+    """Of the model's speech units; None: the one that comes with the model or its corpus."""
     hubert: str | None = None
-    """The HuBERT that --codebook is of, a folder or a hub name; with --layer."""
+    """HuBERT that the codebook is of: a folder or a hub name; with --layer."""
     layer: int | None = None
-    """Of HuBERT, whose output the codebook is of."""
+    """Of HuBERT, whose states the codebook is of."""
     voice: Path | None = None
-    """What speaks units: the folder of a vocoder; None: the codebook, by inversion."""
+    """What speaks units: a vocoder's folder, or a log-mel codebook; None: the model's codebook."""
     speaker: str | None = None
-    """One of the vocoder's."""
+    """One of the vocoder's speakers."""
     device: str = "cpu"
     """Where the model runs."""
 
@@ -369,7 +367,7 @@ def _write_result(
 
 
 def main() -> None:
-    generate(tyro.cli(GenerateConfig, prog="python -m lst.generate", description=__doc__))
+    generate(tyro.cli(GenerateConfig, prog="python -m lst.generate"))
 
 
 if __name__ == "__main__":

@@ -100,8 +100,8 @@ class Pass:
     closing: Closing | None  # None where it makes no patch
     direct: Tensor  # (n,) int64 joint ids of tokens that are patches without it
     patches: PatchPass | None  # None where no patch closes
-    # the last of every request: tokens that pass the decoder, patches that are tokens, and where
-    # the B requests are in both, one after the other
+    #: The last of every request: tokens that pass the decoder, patches that are tokens, and where
+    #: the B requests are in both, one after the other.
     last_tokens: Tensor
     last_patches: Tensor
     order: Tensor

@@ -82,8 +82,9 @@ class ModelConfig:
         default_factory=lambda: StackConfig(layers=25, dim=2048, heads=16)
     )
     decoder: StackConfig = field(default_factory=lambda: _paper_local(9))  # not in "token"
-    text_path: Literal["local", "global"] = "local"  # who embeds and predicts text: everyone, or
-    # the global transformer alone, encoder and decoder seeing speech only; not in "token"
+    # Who embeds and predicts text: encoder and decoder ("local"), or the global transformer alone,
+    # with encoder and decoder seeing speech only ("global"); not in "token".
+    text_path: Literal["local", "global"] = "local"
     local_window: int = 512  # tokens that a local layer reads, the query's own counted
     decoder_window: int | None = 512  # patches that a token reads; None: all of its document
     rope_theta: float = 5e5

@@ -26,7 +26,8 @@ class SpeechBPEConfig:
     """Train a byte-pair encoding of a corpus's speech units. The same corpus and settings give the
     same pieces."""
 
-    corpus: Annotated[Path, tyro.conf.Positional]  # a corpus folder; the model is written there
+    corpus: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CORPUS")]
+    """A corpus folder, such as data/demo; the pieces are written there."""
     pieces: int = 1000  # <unk> and a piece for each unit among them
     sequences: int = 100_000  # utterances to learn from, drawn from those of train/; or all
     seed: int = 0

@@ -76,7 +76,8 @@ def word_lengths(records: Iterable[Record]) -> WordLengths:
 class StatsConfig:
     """What a dataset holds, how long its words and silences are, and how it would be patched."""
 
-    dataset: Annotated[Path, tyro.conf.Positional]  # a folder with a dataset.json
+    dataset: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATASET")]
+    """A folder with a dataset.json, such as data/demo/train/speech."""
     sample: int = 2_000  # records to look at, spread over the dataset
     sizes: tuple[int, ...] = (4, 6, 9)  # of static patches, in units
     max_patch_length: int | None = None  # units of an aligned patch; None: as long as it is

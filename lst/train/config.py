@@ -37,15 +37,11 @@ class OptimizerConfig:
         expect_option(self.lr > 0, "optimizer.lr", "more than 0", self.lr)
         for beta in self.betas:
             expect_option(0 <= beta < 1, "optimizer.betas", "numbers in [0, 1)", self.betas)
-        expect_option(
-            self.weight_decay >= 0, "optimizer.weight-decay", "0 or more", self.weight_decay
-        )
-        expect_option(
-            self.warmup_steps >= 0, "optimizer.warmup-steps", "0 or more", self.warmup_steps
-        )
-        expect_option(
-            0 <= self.min_lr_ratio <= 1, "optimizer.min-lr-ratio", "[0, 1]", self.min_lr_ratio
-        )
+        for name in ("weight_decay", "warmup_steps"):
+            value = getattr(self, name)
+            expect_option(value >= 0, f"optimizer.{name}", "0 or more", value)
+        ratio = self.min_lr_ratio
+        expect_option(0 <= ratio <= 1, "optimizer.min_lr_ratio", "[0, 1]", ratio)
         expect_option(self.clip > 0, "optimizer.clip", "more than 0", self.clip)
 
 
@@ -53,8 +49,8 @@ class OptimizerConfig:
 class ParallelConfig:
     """How the processes of a run share the model; each has its own rows in any case.
 
-    ``auto`` is ``ddp`` for a model of less than 10⁹ parameters and ``fsdp`` for a larger one (see
-    :mod:`lst.train.parallel`); one process alone holds everything.
+    "auto" is "ddp" for a model of less than 10⁹ parameters and "fsdp" for a larger one
+    (lst.train.parallel); one process alone holds everything.
     """
 
     strategy: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
@@ -93,16 +89,18 @@ class TrainConfig:
     precision: Literal["float32", "bfloat16"] = "float32"  # of matrix products; weights: float32
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     compile: bool = False  # every transformer block, by torch.compile; changes the rounding alone
-    checkpointing: Checkpointing = "none"  # activations computed again in the backward pass: none,
-    # those of feed-forward branches, or all within a block
+    # Activations that the backward pass computes again: none, those of feed-forward branches
+    # (selective), or all within a block (full).
+    checkpointing: Checkpointing = "none"
     float8: bool = False  # products of the global transformer in eight bits, on GPUs that can
     profile: bool = False  # trace a few steps after the first ones into profile/ of the run folder
     evaluate: bool = True  # story completion at the end
     max_skipped: int = 5  # updates in a row that may not be finite; the last of them ends the run
     hang_timeout: float = 45.0  # seconds without progress that end the run; 0: none do
     peak_tflops: float | None = None  # of one device, that MFU is of; None: what its name tells
-    warm_start: Path | None = None  # a Llama checkpoint that gives the global transformer, which
-    # ``model`` then describes (lst.model.llama); read at the start of a run alone
+    # A Llama checkpoint that gives the global transformer and its shape (lst.model.llama). Read at
+    # the start of a run alone.
+    warm_start: Path | None = None
     # A run or checkpoint whose weights this one begins with, with a fresh optimizer and schedule;
     # model, vocabulary and codebook must be its own. Read at the start of a run alone.
     init_from: Path | None = field(default=None, metadata=YOUNGER)

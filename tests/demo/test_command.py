@@ -46,5 +46,5 @@ def test_a_port_that_is_taken_is_said(make_trained, tmp_path):
         other.listen()
         port = other.getsockname()[1]
         config = DemoConfig(checkpoint=str(tmp_path / "tiny"), port=port)
-        with pytest.raises(UserError, match=f"--port: expected one that is free, got {port}"):
+        with pytest.raises(UserError, match=f"address that is free here, got 127.0.0.1:{port}"):
             serve(config)

@@ -365,12 +365,19 @@ def test_two_commands_do_not_write_the_same_answers(
         ),
         (["--data", "none"], "none: expected a folder of stories to complete, got none; --data"),
         (["--tokens-per-batch", "0"], "--tokens-per-batch: expected 1 or more, got 0"),
+        (["--modes"], "--modes: expected one or more, got none"),
+        (["--device", "tpu"], "device tpu: expected one that is here"),
         (["--boundary-noise-ms", "9"], "expected a model of aligned patches, got one of strategy"),
     ],
 )
 def test_options_that_are_wrong(run: Run, options: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         run(*options)
+
+
+def test_a_folder_in_the_place_of_the_result_is_refused_before_anything_is_scored(run: Run) -> None:
+    with pytest.raises(UserError, match=r"--json .*: expected a file to write, got a folder"):
+        run(out=".")
 
 
 def test_a_mode_that_the_data_does_not_have(run: Run, tmp_path: Path) -> None:
