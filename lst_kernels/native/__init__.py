@@ -3,12 +3,13 @@
 The library is built on install (``setup.py``, ``CMakeLists.txt``) and lies beside this file. It may
 be absent, where no compiler was found, or stale, where the sources moved on in an editable install;
 :func:`unavailable_reason` says which. The other functions hand torch tensors' buffers to it and may
-be called only where it answers ``None``. They run on ``torch.get_num_threads()`` threads and give
-the same bits for every number of them.
+be called only where it answers ``None``. They run on ``torch.get_num_threads()`` threads, those of
+torch where they can be had (threads.cpp), and give the same bits for every number of them.
 """
 
 import ctypes
 import functools
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -45,12 +46,14 @@ Reduce: TypeAlias = Literal["mean", "sum", "max", "min", "first", "last"]
 LIBRARY = Path(__file__).with_name(
     "liblst_kernels" + {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 )
-ABI_VERSION = 6
+ABI_VERSION = 7
 LEVELS = ("portable", "avx2", "avx512")
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 _FAMILY_CODES = {"auto": 0, "patch-owned": 1, "tiled": 2}
 _REDUCE_CODES = {"mean": 0, "sum": 1, "max": 2, "min": 3, "first": 4, "last": 5}
 _SCAN_FEATURES = 128
+
+_IMPORTED_BY = os.getpid()
 
 
 class _RangeAttention(ctypes.Structure):
@@ -511,6 +514,17 @@ def _call(function: str, *arguments: Any) -> None:
         raise ValueError(message.decode())
 
 
+def _torch_team() -> ctypes.c_void_p | None:
+    """What runs a parallel region on the threads of torch's OpenMP runtime, where that has GNU's
+    interface; None in a forked child, where it hangs."""
+    if os.getpid() != _IMPORTED_BY:
+        return None
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, _POINTER)
+    except (OSError, TypeError, AttributeError):  # another runtime; TypeError: on Windows
+        return None
+
+
 @functools.cache
 def _load(path: Path) -> ctypes.CDLL | str:
     """Load the library, or say why not. Cached: the answer holds for the life of the process."""
@@ -525,6 +539,8 @@ def _load(path: Path) -> ctypes.CDLL | str:
         for function, argument_types in _ARGUMENTS.items():
             getattr(library, function).argtypes = argument_types
             getattr(library, function).restype = ctypes.c_char_p
+        library.lst_use_team.argtypes, library.lst_use_team.restype = [_POINTER], None
+        library.lst_use_team(_torch_team())
     except (OSError, AttributeError) as error:
         return f"the native library does not load ({error}); {remedy}"
     return library

@@ -2,6 +2,7 @@
 says why when its library cannot be used."""
 
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -53,11 +54,16 @@ def oracle(x: Tensor, lengths: list[int], reduce: str) -> Tensor:
     return torch.cat(rows)
 
 
-@pytest.fixture
-def two_threads():
+@pytest.fixture(params=["torch's threads", "own threads"])
+def two_threads(request):
+    library, team = native._load(native.LIBRARY), native._torch_team()
+    if request.param == "torch's threads" and team is None:
+        pytest.skip("torch's threads cannot be had here")
     before = torch.get_num_threads()
     torch.set_num_threads(2)
+    library.lst_use_team(team if request.param == "torch's threads" else None)
     yield
+    library.lst_use_team(team)
     torch.set_num_threads(before)
 
 
@@ -218,6 +224,24 @@ def test_a_forked_child_has_threads_of_its_own(large_case):
             os.kill(child, 9)
         time.sleep(0.01)
     assert ended[1] == 0
+
+
+ALONE = """
+import os, torch
+from lst_kernels import native
+torch.set_num_threads(2)
+x = torch.ones(4096, 512)
+x.add_(1)  # now torch has its threads
+before = len(os.listdir("/proc/self/task"))
+native.patch_pool(x, torch.arange(0, 4097, 4, dtype=torch.int32), "mean")
+assert len(os.listdir("/proc/self/task")) == before
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc lists a process's threads")
+def test_the_threads_are_torchs_own():
+    """Beside others, which spin for a while after each loop of torch's, ours would share cores."""
+    subprocess.run([sys.executable, "-c", ALONE], check=True, timeout=60)
 
 
 X, CU = torch.zeros(4, 2), torch.tensor([0, 1, 4], dtype=torch.int32)

@@ -1,5 +1,10 @@
-// A pool of threads that sleep between jobs. OpenMP would bring a second runtime, with its own
-// threads, beside the one inside torch, and one that hangs in a forked data loader worker.
+// Whose threads do the work: those of the OpenMP runtime that torch uses, where it has GNU's
+// interface, or else a pool of our own.
+//
+// The threads of such a runtime go on spinning for milliseconds after each of torch's parallel loops:
+// a pool beside it would share their cores, while they themselves take up work at once. The runtime
+// is called through a pointer (lst_use_team), for linking one could bring a second into the process.
+// It hangs in a forked child, a data loader worker for one, so there the pool does the work.
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
@@ -95,15 +100,27 @@ class ThreadPool {
   std::vector<std::thread> threads_;
 };
 
+// GOMP_parallel: calls body(data) on num_threads threads, the caller's among them.
+using Team = void (*)(void (*body)(void* data), void* data, unsigned num_threads, unsigned flags);
+std::atomic<Team> shared_team{nullptr};
+
 // Never destroyed: its threads sleep until the process ends.
 std::atomic<ThreadPool*> shared_pool{nullptr};
 
-ThreadPool* make_pool() {
+// A forked child has none of the threads, and perhaps a locked mutex: it starts a pool of its own.
+void leave_threads_to_parent() {
 #if !defined(_WIN32)
-  // A forked child has none of the threads, and perhaps a locked mutex: it starts a pool of its own.
   static std::atomic<bool> registered{false};
-  if (!registered.exchange(true)) pthread_atfork(nullptr, nullptr, [] { shared_pool = nullptr; });
+  if (registered.exchange(true)) return;
+  pthread_atfork(nullptr, nullptr, [] {
+    shared_team = nullptr;
+    shared_pool = nullptr;
+  });
 #endif
+}
+
+ThreadPool* make_pool() {
+  leave_threads_to_parent();
   ThreadPool* expected = nullptr;
   ThreadPool* const fresh = new ThreadPool;
   if (shared_pool.compare_exchange_strong(expected, fresh)) return fresh;
@@ -121,9 +138,20 @@ void parallel_for(int64_t num_items, int64_t items_per_chunk, int num_threads,
   const int64_t num_workers = std::min<int64_t>(num_threads, num_chunks);
   if (num_workers <= 1) return body(0, num_items);
   Job job(num_items, items_per_chunk, body);
+  if (const Team team = shared_team) {
+    // All of them, with work or without: a runtime may end threads that a smaller team leaves out.
+    return team([](void* data) { static_cast<Job*>(data)->work(); }, &job,
+                static_cast<unsigned>(num_threads), 0);
+  }
   ThreadPool* pool = shared_pool;
   if (pool == nullptr) pool = make_pool();
   pool->run(job, static_cast<int>(num_workers) - 1);
 }
 
 }  // namespace lst
+
+// The GOMP_parallel of the OpenMP runtime that the process uses; null for a pool of our own.
+LST_EXPORT void lst_use_team(lst::Team team) {
+  lst::leave_threads_to_parent();
+  lst::shared_team = team;
+}
