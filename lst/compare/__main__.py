@@ -28,7 +28,7 @@ from lst.compare.study import (
     steps_of,
 )
 from lst.errors import UserError, expect_positive, run_command
-from lst.machine import describe_machine
+from lst.machine import describe_machine, find_device
 from lst.prepare.demo import prepare_demo
 from lst.prepare.speech_bpe import SpeechBPEConfig, prepare_speech_bpe
 from lst.train.config import TrainConfig
@@ -60,6 +60,8 @@ class CompareConfig:
 def compare(options: CompareConfig) -> Path:
     """Do what is not done yet of a study, and write its report. Returns the report's path."""
     started = time.monotonic()
+    if options.device != "auto":
+        find_device(options.device)  # before a corpus is made
     study = STUDIES[options.preset]
     out = options.out or Path("runs") / f"compare-{study.name}"
     arms = tuple(arm for name, arm in ARMS.items() if name in options.arms)

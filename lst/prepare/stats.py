@@ -8,7 +8,7 @@ The table of lst.data.statistics tells the same of patches, beside the paper's f
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +17,7 @@ import tyro
 from lst.data.records import Dataset, Record
 from lst.data.statistics import format_table, patch_statistics, usual_strategies
 from lst.errors import UserError, expect_positive
-from lst.files import Location
+from lst.files import Location, write_json
 from lst.speech_bpe import SPEECH_BPE_INFO, read_speech_bpe
 from lst.vocabulary import Tokenizer
 
@@ -83,6 +83,7 @@ class StatsConfig:
     max_patch_length: int | None = None  # units of an aligned patch; None: as long as it is
     boundary_noise_ms: float = 0.0  # by up to so much aligned boundaries are moved
     tokenizer: Path | None = None  # a file or its folder; None: that of the dataset's corpus
+    json: Path | None = None  # a file for the counts that the table is made from
 
     def __post_init__(self) -> None:
         expect_positive(self, "sample")
@@ -94,7 +95,8 @@ def describe_dataset(config: StatsConfig) -> str:
     """What is in a dataset, and a table of patch lengths of records spread over it.
 
     Raises:
-        UserError: no dataset, or a damaged one; no tokenizer where one is named.
+        UserError: no dataset, or a damaged one; no tokenizer where one is named; the file of counts
+            cannot be written.
     """
     dataset = Dataset.open(config.dataset)
     info = dataset.info
@@ -137,6 +139,9 @@ def _patch_table(config: StatsConfig, dataset: Dataset, rows: range) -> str:
     )
     if not counts[0].num_records:
         return "none of the records looked at has speech"
+    if config.json is not None:
+        values = {"dataset": dataset.fingerprint, "patches": [asdict(each) for each in counts]}
+        write_json(config.json, values)
     lines = [format_table(counts)]
     if tokenizer is None:
         lines.append(f"No pieces were aligned: {corpus} holds no tokenizer; --tokenizer names one.")

@@ -248,6 +248,8 @@ class LogMelKMeans:
         """Read what :meth:`save` wrote. Raises UserError where it is missing or another file."""
         from safetensors import SafetensorError, safe_open
 
+        if Path(path).is_dir():
+            raise UserError(f"{path}: expected the file of a codebook, got a folder")
         try:
             with safe_open(path, framework="numpy") as file:
                 about = json.loads((file.metadata() or {}).get("codebook", "{}"))

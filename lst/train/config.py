@@ -8,6 +8,7 @@ by.
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ class OptimizerConfig:
     clip: float = 1.0  # largest global norm of the gradient
 
     def __post_init__(self) -> None:
-        expect_option(self.lr > 0, "optimizer.lr", "more than 0", self.lr)
+        expect_option(0 < self.lr < math.inf, "optimizer.lr", "more than 0", self.lr)
         for beta in self.betas:
             expect_option(0 <= beta < 1, "optimizer.betas", "numbers in [0, 1)", self.betas)
         for name in ("weight_decay", "warmup_steps"):

@@ -1,6 +1,7 @@
 """What a run reads from its corpus folder, opened and checked before the first step."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from lst.data.loader import DataConfig
 from lst.data.records import Dataset, StoryItem, read_items
@@ -37,6 +38,8 @@ def open_corpus(config: DataConfig) -> Corpus:
             f"{folder}: expected a corpus folder, got none; "
             f"make one by python -m lst.prepare demo --out {folder}"
         )
+    if Path(folder.url).is_file():
+        raise UserError(f"{folder}: expected a corpus folder, got a file")
     tokenizer = Tokenizer.load(folder)
     files = made_with(folder, tokenizer)
     there = (folder / "train").folders()

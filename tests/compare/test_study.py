@@ -7,6 +7,7 @@ from dataclasses import replace
 from math import sqrt
 
 import pytest
+import torch
 
 from lst.compare import __main__ as command
 from lst.compare.__main__ import CompareConfig, compare
@@ -178,6 +179,14 @@ def test_no_run_starts_after_the_minutes_are_over(trained, tmp_path):
 def test_bad_options_are_told(changes, message):
     with pytest.raises(UserError, match=message):
         CompareConfig(**changes)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_a_device_that_is_not_here_is_told_before_a_corpus_is_made(tmp_path):
+    made = tmp_path / "corpus"
+    with pytest.raises(UserError, match="device cuda: expected one that is here"):
+        compare(CompareConfig(device="cuda", corpus=made, out=tmp_path / "out"))
+    assert not made.exists()
 
 
 # --- what is said of them -------------------------------------------------------------------------

@@ -1,15 +1,19 @@
 """``python -m lst.prepare stats`` tells what a dataset holds and how it would be patched."""
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from lst.data.records import Record, RecordWriter, Word
+from lst.data.records import Dataset, Record, RecordWriter, Word
+from lst.data.statistics import PatchStatistics, format_table
 from lst.errors import UserError
 from lst.prepare.speech_bpe import SpeechBPEConfig, prepare_speech_bpe
 from lst.prepare.stats import StatsConfig, describe_dataset
+from lst.train.config import read_strictly
 from lst.vocabulary import train_tokenizer
 
 
@@ -22,6 +26,12 @@ def spoken(name):
 
 def bare(name):
     return Record(name, None, np.zeros(8, np.int16), None, None, None, "test")
+
+
+def table_of(path):
+    """The table that a file of counts makes."""
+    patches = json.loads(path.read_text())["patches"]
+    return format_table([read_strictly(PatchStatistics, each, str(path)) for each in patches])
 
 
 def written(name):
@@ -62,6 +72,19 @@ def test_a_dataset_is_told_with_its_patches(write):
     assert "over 11 records with speech" in text
     assert "1 of them have no aligned words: their patches are static." in text
     assert "Pieces of 10 of them are estimated" in text
+
+
+def test_the_counts_of_a_file_are_those_of_the_table(write, tmp_path):
+    folder = write(*(spoken(f"r{i}") for i in range(3)))
+    text = describe_dataset(StatsConfig(dataset=folder, json=tmp_path / "counts.json"))
+    assert table_of(tmp_path / "counts.json") in text
+    dataset = json.loads((tmp_path / "counts.json").read_text())["dataset"]
+    assert dataset == Dataset.open(folder).fingerprint
+
+
+def test_the_table_of_the_page_is_that_of_its_file():
+    docs = Path(__file__).parents[2] / "docs"
+    assert table_of(docs / "patching.json") in (docs / "patching.md").read_text()
 
 
 def test_a_sample_is_spread_over_the_dataset(write):
