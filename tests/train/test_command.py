@@ -100,10 +100,7 @@ def test_mistakes_leave_with_code_2_and_one_line(
         (["--gpus", "2"], "--gpus: expected 1 or more, of a --dry-run, got 2 without --dry-run"),
         (["--dry-run", "--gpus", "3"], "data: expected rows that divide by 3 processes × 1 micro-"),
         (["--data.corpus", tmp_path / "no"], f"{tmp_path / 'no'}: expected a corpus folder, got"),
-        (
-            ["--data.corpus", checkpoint / "config.json"],
-            "config.json: expected a corpus folder, got a file",
-        ),
+        (["--data.corpus", __file__], f"{__file__}: expected a corpus folder, got a file"),
         (["--optimizer.lr", "inf"], "--optimizer.lr: expected more than 0, got inf"),
         (["--resume", tmp_path / "no"], f"{tmp_path / 'no'}: expected a run folder to resume, got"),
         (["--resume", empty], f"{empty}: expected a run folder to resume, got one without config"),
