@@ -4,6 +4,7 @@ what the objects look like."""
 import doctest
 import importlib
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -61,6 +62,62 @@ def test_code_of_a_page_runs_on_its_own(page, line, code):
 
 def test_the_pages_have_code():
     assert len(code_blocks()) >= 15
+
+
+# --- figures --------------------------------------------------------------------------------------
+
+
+def rows_of(page):
+    return [line.strip("| ").split(" | ") for line in page.read_text().splitlines() if "|" in line]
+
+
+def result(name):
+    return json.loads((ROOT / "benchmarks" / "results" / name).read_text())
+
+
+def test_the_table_of_the_readme_is_of_its_result_file():
+    demo = result("demo-intel-xeon-processor-2026-11-21.json")
+    scores = {
+        (run["preset"], score["task"], score["mode"]): (
+            f"{100 * score['accuracy']:.1f} ({100 * score['low']:.1f}–{100 * score['high']:.1f})"
+        )
+        for run in demo["runs"]
+        for score in run["story_completion"]
+        if score["measure"] == "sum"
+    }
+    names = {
+        "StoryCloze (50)": "storycloze",
+        "TopicStoryCloze (50)": "topicstorycloze",
+        "HellaSwag-like, four ways (25)": "hellaswag",
+    }
+    found = [row for row in rows_of(ROOT / "README.md") if row[0] in names]
+    assert len(found) == len(names)
+    for name, *shown in found:
+        assert shown == [
+            scores[preset, names[name], mode]
+            for preset in ("demo", "demo-baseline")
+            for mode in ("T→T", "S→S")
+        ]
+
+
+def test_the_table_of_the_data_page_is_of_its_result_file():
+    measured = result("alignment-intel-xeon-processor-2026-11-21.json")
+    page = DOCS / "data.md"
+    errors = measured["unknown_voice"]["in_seconds"]
+    rows = {row[0]: row[1:] for row in rows_of(page)}
+    for name, key in (("starts", "starts"), ("stops", "stops"), ("both", "all")):
+        median, *shares = rows[name]
+        assert abs(float(median.removesuffix(" ms late")) - errors[key]["median_late_ms"]) <= 0.5
+        kinds = ("share_within_ms", "share_within_ms_of_the_median")
+        within = [errors[key][kind][ms] for kind in kinds for ms in ("20", "40", "80")]
+        assert shares == [f"{100 * share:.0f} %" for share in within]
+    words = " ".join(page.read_text().split())
+    assert f"Of {measured['unknown_voice']['words']} words by a voice" in words
+    kept = measured["windows"]["share_of_equal_units_of_100"]
+    assert f"windows of 60 s keep {100 * kept:.1f} %" in words
+
+
+# --- examples -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", WITH_EXAMPLES, ids=lambda path: str(path.relative_to(ROOT)))
