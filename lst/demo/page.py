@@ -1,7 +1,7 @@
 """The page itself, in Gradio: it is sent from here alone, and sends nothing elsewhere."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,14 +60,120 @@ def import_gradio() -> Any:
 def make_page(session: Session, examples: Sequence[Example] = ()) -> Any:
     """The page as ``gradio.Blocks``, to be launched with :func:`launch_settings`."""
     gr = import_gradio()
-    limits, hears = session.limits, session.encoder is not None
+    with gr.Blocks(
+        title=f"lst · {session.trained.config.name}",
+        analytics_enabled=False,
+        delete_cache=(600, 3600),  # seconds: every ten minutes what is older than an hour
+    ) as page:
+        gr.Markdown("# Continue speech and text")
+        gr.Markdown(" · ".join(session.facts()), elem_id="facts")
+        with gr.Row():
+            with gr.Column(scale=3):
+                text, audio = _prompt(gr, session, examples)
+            with gr.Column(scale=2):
+                settings = _settings(gr, session)
+                go = gr.Button("Continue", variant="primary", elem_id="go")
+        with gr.Row():
+            read = gr.Textbox(
+                label="Continuation", lines=5, max_lines=12, interactive=False, elem_id="read"
+            )
+            heard = gr.Audio(
+                label="Its speech",
+                interactive=False,
+                visible=False,
+                format="wav",
+                buttons=["download"],
+                elem_id="heard",
+            )
+        ended = gr.Markdown(elem_id="ended")
+        picture = gr.HTML(elem_id="picture", apply_default_css=False, js_on_load=None)
+        gr.on(
+            [go.click, text.submit],
+            _answer(gr, session),
+            [text, audio, *settings],
+            [read, heard, ended, picture],
+            show_progress="full",
+            show_progress_on=[read],
+        )
+    page.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
+    return page
+
+
+def _prompt(gr: Any, session: Session, examples: Sequence[Example]) -> tuple[Any, Any]:
+    """Where text and audio of a prompt are given."""
+    limits = session.limits
+    text = gr.Textbox(
+        label="Text",
+        lines=3,
+        max_lines=10,
+        max_length=limits.characters,
+        placeholder="Once upon a time",
+        elem_id="text",
+    )
+    audio = gr.Audio(
+        label=f"Speech, up to {limits.seconds:g} s",
+        sources=["upload", "microphone"],
+        type="filepath",
+        visible=session.encoder is not None,
+        buttons=[],
+        elem_id="speech",
+    )
+    if examples:
+        gr.Examples(
+            [[each.text, each.audio and str(each.audio)] for each in examples],
+            [text, audio],
+            label="Prompts to try",
+            example_labels=[each.label for each in examples],
+            cache_examples=False,
+            examples_per_page=len(examples),
+        )
+    return text, audio
+
+
+def _settings(gr: Any, session: Session) -> list[Any]:
+    """How to continue: modality, length, order, temperature, top-p and seed."""
+    most = session.limits.tokens
+    then = gr.Radio(list(THEN), value="either", label="Continue as", elem_id="then")
+    length = gr.Slider(
+        1,
+        most,
+        value=min(150, most),
+        step=1,
+        label="Length, tokens",
+        info=f"at most; {FRAMES_PER_SECOND} units are a second of speech",
+        elem_id="length",
+    )
+    order = gr.Radio(
+        list(ORDERS),
+        value=next(iter(ORDERS)),
+        label="Where both are given",
+        visible=session.encoder is not None,
+    )
+    with gr.Accordion("Sampling", open=False):
+        temperature = gr.Slider(
+            0, 2, value=0.8, step=0.05, label="Temperature", info="0: the likeliest"
+        )
+        top_p = gr.Slider(
+            0.05,
+            1,
+            value=0.95,
+            step=0.05,
+            label="Top-p",
+            info="the likeliest tokens of so much probability together",
+        )
+        seed = gr.Number(0, precision=0, label="Seed")
+    return [then, length, order, temperature, top_p, seed]
+
+
+def _answer(gr: Any, session: Session) -> Callable[..., tuple[Any, ...]]:
+    """What the button does: values of the prompt and the settings to those of the results."""
 
     def continue_(
         text: str,
         audio: str | None,
-        order: str,
         then: str,
         length: float,
+        order: str,
         temperature: float,
         top_p: float,
         seed: float,
@@ -97,95 +203,7 @@ def make_page(session: Session, examples: Sequence[Example] = ()) -> Any:
         sound = gr.Audio(value=_playable(result.sound), visible=len(result.sound) > 0)
         return result.text, sound, result.ended, result.picture
 
-    with gr.Blocks(
-        title=f"lst · {session.trained.config.name}",
-        analytics_enabled=False,
-        delete_cache=(600, 3600),  # seconds: every ten minutes what is older than an hour
-    ) as page:
-        gr.Markdown("# Continue speech and text")
-        gr.Markdown(" · ".join(session.facts()), elem_id="facts")
-        with gr.Row():
-            with gr.Column(scale=3):
-                text = gr.Textbox(
-                    label="Text",
-                    lines=3,
-                    max_lines=10,
-                    max_length=limits.characters,
-                    placeholder="Once upon a time",
-                    elem_id="text",
-                )
-                audio = gr.Audio(
-                    label=f"Speech, up to {limits.seconds:g} s",
-                    sources=["upload", "microphone"],
-                    type="filepath",
-                    visible=hears,
-                    buttons=[],
-                    elem_id="speech",
-                )
-                if examples:
-                    gr.Examples(
-                        [[each.text, each.audio and str(each.audio)] for each in examples],
-                        [text, audio],
-                        label="Prompts to try",
-                        example_labels=[each.label for each in examples],
-                        cache_examples=False,
-                        examples_per_page=len(examples),
-                    )
-            with gr.Column(scale=2):
-                then = gr.Radio(list(THEN), value="either", label="Continue as", elem_id="then")
-                length = gr.Slider(
-                    1,
-                    limits.tokens,
-                    value=min(150, limits.tokens),
-                    step=1,
-                    label="Length, tokens",
-                    info=f"at most; {FRAMES_PER_SECOND} units are a second of speech",
-                    elem_id="length",
-                )
-                order = gr.Radio(
-                    list(ORDERS),
-                    value=next(iter(ORDERS)),
-                    label="Where both are given",
-                    visible=hears,
-                )
-                with gr.Accordion("Sampling", open=False):
-                    temperature = gr.Slider(
-                        0, 2, value=0.8, step=0.05, label="Temperature", info="0: the likeliest"
-                    )
-                    top_p = gr.Slider(
-                        0.05,
-                        1,
-                        value=0.95,
-                        step=0.05,
-                        label="Top-p",
-                        info="the likeliest tokens of so much probability together",
-                    )
-                    seed = gr.Number(0, precision=0, label="Seed")
-                go = gr.Button("Continue", variant="primary", elem_id="go")
-        with gr.Row():
-            read = gr.Textbox(
-                label="Continuation", lines=5, max_lines=12, interactive=False, elem_id="read"
-            )
-            heard = gr.Audio(
-                label="Its speech",
-                interactive=False,
-                visible=False,
-                format="wav",
-                buttons=["download"],
-                elem_id="heard",
-            )
-        ended = gr.Markdown(elem_id="ended")
-        picture = gr.HTML(elem_id="picture", apply_default_css=False, js_on_load=None)
-        gr.on(
-            [go.click, text.submit],
-            continue_,
-            [text, audio, order, then, length, temperature, top_p, seed],
-            [read, heard, ended, picture],
-            show_progress="full",
-            show_progress_on=[read],
-        )
-    page.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
-    return page
+    return continue_
 
 
 def launch_settings(gr: Any) -> dict[str, Any]:
