@@ -8,6 +8,11 @@ What the options show as their values, and keep where they are not given, is fir
     → with --resume and no preset, the configuration of the run
 """
 
+from lst.train import startup
+
+if __name__ == "__main__":
+    startup.begin()  # all that follows takes seconds, or for ever
+
 import sys
 import time
 from dataclasses import dataclass, replace

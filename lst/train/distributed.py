@@ -6,7 +6,7 @@ then no process group exists and every collective below is the identity.
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -18,12 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lst.errors import UserError
-from lst.train.siblings import Siblings
 
 # The longest that ranks wait for each other at the start, as they are launched together.
 MEETING = timedelta(minutes=5)
 ASK = 0.1  # seconds between two questions whether all have come
-LOOK = 2.0  # and between two looks at those of this machine that have not
 # The longest that one waits for another later. Long, as rank 0 alone scores the stories at the end;
 # a rank that dies or hangs is noticed by the watchdog.
 TIMEOUT = timedelta(hours=2)
@@ -72,9 +70,6 @@ class World:
             dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def barrier(self) -> None:
-        self.sum(torch.zeros(1))
-
     @contextmanager
     def together(self) -> Iterator[None]:
         """Whatever UserError a rank meets in the block, every rank raises after it.
@@ -112,14 +107,12 @@ def processes_of_a_machine() -> int:
 def start_world(
     device: str,
     meeting: Callable[[], AbstractContextManager[None]] = nullcontext,
-    patience: float = 0.0,
 ) -> Iterator[World]:
     """Join the other ranks, and leave them together, after an error too.
 
     Args:
         device: "cpu", "cuda" or "auto" (cuda where there is one).
         meeting: its block is this rank's wait for ranks that have not come yet.
-        patience: seconds that a rank of this machine which has not come may do nothing; 0: any.
     """
     size = launched_processes()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -129,7 +122,7 @@ def start_world(
         if size > 1:
             backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
             with meeting():
-                store = _meet(world, patience)
+                store = _meet(world)
             dist.init_process_group(
                 backend, store=store, rank=world.rank, world_size=size, timeout=TIMEOUT
             )
@@ -153,7 +146,7 @@ def _device(device: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def _meet(world: World, patience: float) -> dist.Store:
+def _meet(world: World) -> dist.Store:
     """Wait until every rank is there; the store over which they make their groups.
 
     Raises:
@@ -167,34 +160,15 @@ def _meet(world: World, patience: float) -> dist.Store:
         store.set(f"here/{world.rank}", "")
         if store.add("here", 1) == world.size:
             store.set("met", "")
-        siblings = Siblings(patience)
-        while not _is_set(store, "met", LOOK):
-            late = _late(store, siblings.ranks)
-            if min({world.rank, *siblings.ranks} - {*late}) == world.rank:  # who speaks for them
-                wrong = siblings.look(late, every=LOOK)
-                if wrong is not None:
-                    raise UserError(f"{where}: {wrong}")
+        while not store.check(["met"]):  # a wait of the store that ends in vain fills the console
             if time.monotonic() > until:
-                late = _late(store, range(world.size))
-                raise UserError(f"{expected}, got none of rank {', '.join(map(str, late))}")
+                ranks = [r for r in range(world.size) if not store.check([f"here/{r}"])]
+                raise UserError(f"{expected}, got none of rank {', '.join(map(str, ranks))}")
+            time.sleep(ASK)
     except (dist.DistError, ValueError) as error:  # ValueError: a variable is not set
         raise UserError(f"{expected}, got {str(error).splitlines()[0]}") from None
     store.set_timeout(TIMEOUT)
     return store
-
-
-def _is_set(store: dist.Store, key: str, seconds: float) -> bool:
-    """Within so many; asked for, as a wait of the store that ends in vain fills the console."""
-    until = time.monotonic() + seconds
-    while not store.check([key]):
-        if time.monotonic() > until:
-            return False
-        time.sleep(ASK)
-    return True
-
-
-def _late(store: dist.Store, ranks: Iterable[int]) -> list[int]:
-    return [rank for rank in ranks if not store.check([f"here/{rank}"])]
 
 
 def _leave(farewell: dist.ProcessGroup, kind: type[BaseException] | None, *_: object) -> None:

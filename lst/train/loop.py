@@ -82,7 +82,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> None:
         catch_signals() as interrupt,
         Status(config, interrupt, resume=resume) as status,
         Watchdog(config.hang_timeout, status, interrupt) as watch,
-        start_world(config.device, watch.meeting, config.hang_timeout) as world,
+        start_world(config.device, watch.meeting) as world,
     ):
         watch.join(world)
         try:

@@ -15,16 +15,18 @@ The numbers are for ``hang_timeout = 45`` and go with it. Signs of progress are
   for data or for the device is not.
 - until the first step is done, and in phases declared slow (opening, loading, checkpoints), where
   single calls may be long by their nature: any thread's stack, CPU time of the children (compilers,
-  data workers), bytes read or written; and CPU time of this process (:mod:`lst.train.work`), but
-  for the first step on a GPU, as a thread that waits for one spins. These count for ten minutes
-  in which the main thread stands still, and where the system does not tell of them a standstill
-  may last as long.
+  data workers), bytes read or written; and CPU time of this process (:mod:`lst.train.work`): in the
+  phases declared slow where it comes by memory or bytes with it, as a call does that gets on; in
+  the first step on a CPU always, as a large matrix product comes by none; but never in that on a
+  GPU, as a thread that waits for one spins. These count for ten minutes in which the main thread
+  stands still, and where the system does not tell of them a standstill may last as long.
 
 It takes all ranks to make a hang: those that wait for one that is busy are excused. In any phase a
 standstill may last three times the longest that the run has come out of since its first step began.
 Until the ranks are connected each watches itself, by the same times; only its wait for ranks that
-have not come may last as long as they may take. Those that have none yet, as they import, are
-watched from beside (:mod:`lst.train.siblings`).
+have not come may last as long as they may take. One that imports, which has no watchdog yet, or
+hangs with Python's lock before its first step is done, which its watchdog waits for, is watched
+from beside (:mod:`lst.train.startup`).
 
 A thread that writes a checkpoint is watched by the same signs, its own alone. Where those of all
 ranks stand still for the timeout, that is told of (:attr:`Watchdog.stalled`) and training goes on:
@@ -54,14 +56,14 @@ from types import FrameType, TracebackType
 from typing import Any, NamedTuple, NoReturn, Self
 
 from lst.data.workers import STACKS
+from lst.train import startup
 from lst.train.distributed import MEETING, World, launched_processes, launched_rank
 from lst.train.interrupt import Interrupt
 from lst.train.links import Link, Message, open_links
 from lst.train.status import Status
-from lst.train.work import Work, did_work, state_of, work_of_thread, work_so_far
+from lst.train.work import USUAL, Work, did_work, state_of, work_of_thread, work_so_far
 
-USUAL = 45.0  # seconds of hang_timeout, and those that the other times go by where it is 0
-# Parts of it:
+# Parts of hang_timeout, or of USUAL where it is 0:
 TICK = 1 / 45  # between two looks at the main thread, and two beats
 SILENCE = 20 / 45  # without a beat
 GRACE = 5 / 45  # for a main thread that was asked to stop before its first step
@@ -167,6 +169,7 @@ class Watchdog:
 
     def __enter__(self) -> Self:
         self._thread.start()
+        startup.allow(self._timeout)
         return self
 
     def __exit__(
@@ -230,6 +233,7 @@ class Watchdog:
     def stepped(self) -> None:
         """A step is done: what can be lost from here on is waited for."""
         self._started = True
+        startup.end()
 
     def failed(self, reason: str) -> None:
         """The main thread leaves by an exception that other ranks may not share.
@@ -309,7 +313,7 @@ class Watchdog:
         if moved:
             self._work = None
         if slow or not self._started:
-            worked = not moved and self._worked(own=slow or not self._spins)
+            worked = not moved and self._worked(slow)
             idle = 0.0 if moved or others_moved or worked else self._beat.idle + passed
             if self._meeting:
                 limit = MEET
@@ -330,10 +334,10 @@ class Watchdog:
         told = {} if self._interrupt.signal is None else {"signal": self._interrupt.signal}
         self._send({"beat": vars(self._beat), **told})
 
-    def _worked(self, *, own: bool) -> bool:
+    def _worked(self, slow: bool) -> bool:
         """Whether work was done since the last that counted, while the main thread stood still."""
-        now = work_so_far()
-        worked = did_work(self._work, now, self._timeout or USUAL, own=own)
+        now, timeout = work_so_far(but=startup.beside()), self._timeout or USUAL
+        worked = did_work(self._work, now, timeout, own=slow or not self._spins, touching=slow)
         self._work = now if worked else self._work or now
         return worked
 

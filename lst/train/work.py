@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 __all__ = [
+    "USUAL",
     "Work",
-    "descendants",
     "did_work",
     "state_of",
     "work_of",
@@ -27,9 +27,11 @@ PROC = Path("/proc")
 TICKS = os.sysconf("SC_CLK_TCK")
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
+USUAL = 45.0  # seconds of hang_timeout, and those that other times go by where it is 0
 # What is work, and not the little that threads do which wait: in all of a timeout, by its length
 WORK_SECONDS = 0.5 / 45  # of CPU time, and
 WORK_BYTES = (1 << 20) / 45
+TOUCHED = 8 * PAGE  # in all of it, that go with CPU time; who asks for them touches one or two
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,13 +42,20 @@ class Work:
     children: float  # of the process's children and theirs, those that have ended too
     moved: int  # bytes read and written, by all of them; files, maps and pipes, no sockets
     flushed: int  # bytes that the machine holds to be written, while a thread waits for a disk
+    touched: int  # bytes of the pages that it came by itself: mapped ones read, or new ones used
 
-    def differs(self, other: "Work", *, seconds: float, size: int, own: bool) -> bool:
+    def differs(
+        self, other: "Work", *, seconds: float, size: int, own: bool, touching: bool
+    ) -> bool:
         """Whether more than a little was done between the two.
 
         Args:
             own: the process itself counts, not its children alone.
+            touching: its CPU time counts only where some memory was touched or bytes moved with it.
         """
+        if touching:
+            touched, moved = abs(self.touched - other.touched), abs(self.moved - other.moved)
+            own = own and max(touched, moved) > TOUCHED
         return (
             (own and abs(self.seconds - other.seconds) > seconds)
             or abs(self.children - other.children) > seconds
@@ -55,17 +64,25 @@ class Work:
         )
 
 
-def did_work(before: Work | None, now: Work | None, timeout: float, *, own: bool = True) -> bool:
+def did_work(
+    before: Work | None,
+    now: Work | None,
+    timeout: float,
+    *,
+    own: bool = True,
+    touching: bool = False,
+) -> bool:
     """Whether enough was done between the two to be no hang of ``timeout`` seconds."""
     if before is None or now is None:
         return False
     size = int(WORK_BYTES * timeout)
-    return now.differs(before, seconds=WORK_SECONDS * timeout, size=size, own=own)
+    seconds = WORK_SECONDS * timeout
+    return now.differs(before, seconds=seconds, size=size, own=own, touching=touching)
 
 
-def work_so_far(proc: Path = PROC) -> Work | None:
+def work_so_far(proc: Path = PROC, *, but: int | None = None) -> Work | None:
     """Of this process, but for the thread that asks; None where the system does not tell."""
-    work = work_of(os.getpid(), proc)
+    work = work_of(os.getpid(), proc, but=but)
     if work is None:
         return None
     thread = proc / str(os.getpid()) / "task" / str(threading.get_native_id())
@@ -73,19 +90,22 @@ def work_so_far(proc: Path = PROC) -> Work | None:
         work,
         seconds=work.seconds - time.thread_time(),
         moved=work.moved - _bytes_moved(thread),
+        touched=work.touched - _touched(_fields(thread)),
     )
 
 
-def work_of(pid: int, proc: Path = PROC) -> Work | None:
-    """None where the system does not tell, or it has ended."""
+def work_of(pid: int, proc: Path = PROC, *, but: int | None = None) -> Work | None:
+    """None where the system does not tell, or it has ended; ``but``: a child that is left out."""
     try:
         fields = _fields(proc / str(pid))
     except OSError:
         return None
     children = _ended(fields)
     moved = _faulted(fields) + _bytes_moved(proc / str(pid))
-    for child in descendants(pid, proc):
+    for child in _descendants(pid, proc):
         with suppress(OSError):
+            if child == but:
+                continue
             their = _fields(proc / str(child))
             children += _own(their) + _ended(their)
             moved += _faulted(their) + _bytes_moved(proc / str(child))
@@ -94,6 +114,7 @@ def work_of(pid: int, proc: Path = PROC) -> Work | None:
         children=children,
         moved=moved,
         flushed=_to_be_written(proc) if _waits_for_a_disk(proc / str(pid)) else 0,
+        touched=_touched(fields),
     )
 
 
@@ -109,6 +130,7 @@ def work_of_thread(native_id: int | None, proc: Path = PROC) -> Work | None:
         children=0.0,
         moved=_faulted(fields) + _bytes_moved(thread),
         flushed=_to_be_written(proc) if fields[0] == "D" else 0,
+        touched=_touched(fields),
     )
 
 
@@ -138,6 +160,11 @@ def _faulted(fields: list[str]) -> int:
     return (int(fields[9]) + int(fields[10])) * PAGE
 
 
+def _touched(fields: list[str]) -> int:
+    """Minor and major faults."""
+    return (int(fields[7]) + int(fields[9])) * PAGE
+
+
 def _bytes_moved(process: Path) -> int:
     """By system calls, and through the page cache from and to the disk; 0 where that is secret."""
     try:
@@ -148,14 +175,14 @@ def _bytes_moved(process: Path) -> int:
     return sum(int(counts[key]) for key in ("rchar", "wchar", "read_bytes", "write_bytes"))
 
 
-def descendants(pid: int, proc: Path = PROC) -> Iterator[int]:
+def _descendants(pid: int, proc: Path = PROC) -> Iterator[int]:
     """A process's children and theirs, each before its own."""
     with suppress(OSError):
         for thread in (proc / str(pid) / "task").iterdir():
             with suppress(OSError):
                 for child in (thread / "children").read_text().split():
                     yield int(child)
-                    yield from descendants(int(child), proc)
+                    yield from _descendants(int(child), proc)
 
 
 def _waits_for_a_disk(process: Path) -> bool:

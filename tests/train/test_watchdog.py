@@ -4,8 +4,10 @@ Real processes, without torchrun: it would end the others itself. The times are 
 usual ones by --hang-timeout.
 """
 
+import bz2
 import hashlib
 import json
+import mmap
 import os
 import re
 import signal
@@ -454,11 +456,12 @@ def test_work_without_an_end_in_sight_is_no_hang(
 def test_long_work_before_the_first_step_is_no_hang(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In single calls, each twice as long as the timeout: of this process, a child, and for bytes
-    that come slowly."""
-    monkeypatch.setattr(loop, "open_corpus", after(compute, loop.open_corpus))
+    """In single calls, each twice as long as the timeout: of this process, as it comes by memory
+    or, in the first step on a CPU, without; of a child; and for bytes that come slowly."""
+    monkeypatch.setattr(loop, "open_corpus", after(compress, loop.open_corpus))
     monkeypatch.setattr(loop, "build_model", after(read_slowly, loop.build_model))
     monkeypatch.setattr(loop, "global_counts", after(compile_long, loop.global_counts))
+    monkeypatch.setattr(loop, "backward", after(compute, loop.backward))
     config = replace(tiny(steps=1), hang_timeout=1.0)
     train(config)
     assert json.loads((config.out / "status.json").read_text())["state"] == "finished"
@@ -470,6 +473,15 @@ def after(work: Callable[[], None], real: Callable[..., Any]) -> Callable[..., A
         return real(*args, **kwargs)
 
     return both
+
+
+def compress() -> None:
+    """A map of memory, in one call."""
+    number, seconds = 1 << 20, 0.0
+    while seconds < 2:
+        compressor, start = bz2.BZ2Compressor(), time.perf_counter()
+        compressor.compress(mmap.mmap(-1, number))
+        seconds, number = time.perf_counter() - start, 2 * number
 
 
 def compute() -> None:
@@ -488,6 +500,55 @@ def read_slowly() -> None:
 def compile_long() -> None:
     code = "import time\nwhile time.process_time() < 2: pass"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@needs_proc
+def test_a_call_that_spins_while_a_run_opens_is_a_hang(tiny: Tiny, job: Job) -> None:
+    spin = "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"
+    config = endless(tiny, 4.0)
+    ranks = job(config, patched=("lst.train.loop", "open_corpus", 1, spin))
+    assert ranks.codes == [1]
+    said = r"no progress for \d+ s: rank 0: opening the run and its data, at <string>:1 "
+    assert re.match(said, reason(config)), reason(config)
+
+
+FROM_BESIDE = """
+from lst.train import startup
+startup.begin()
+"""
+
+
+@needs_proc
+@pytest.mark.parametrize("place", ["distributed._device", "loop.backward"])
+def test_a_rank_that_hangs_with_pythons_lock_before_its_first_step_is_done_is_ended(
+    tiny: Tiny, job: Job, place: str
+) -> None:
+    """No thread of its own can run."""
+    hang = "import ctypes; ctypes.PyDLL(None).read(os.pipe()[0], b' ', 1)"
+    module, name = place.split(".")
+    where = (f"lst.train.{module}", name, 1, hang)
+    ranks = job(endless(tiny, 3.0), patched=where, first=FROM_BESIDE)
+    assert ranks.codes == [-signal.SIGKILL]
+    assert "hangs as it starts: nothing done for 3 s\n" in ranks.printed()
+
+
+@needs_proc
+def test_once_a_step_is_done_no_process_is_beside_a_rank(tiny: Tiny, job: Job) -> None:
+    config = endless(tiny, 45.0)
+    ranks = job(config, patched=in_step(2, "os.waitpid(-1, os.WNOHANG)"), first=FROM_BESIDE)
+    assert ranks.codes == [1]
+    assert "ChildProcessError" in ranks.printed()
+
+
+@needs_proc
+def test_what_is_beside_a_rank_waits_as_long_as_the_run_that_goes_on_says(
+    tiny: Tiny, job: Job
+) -> None:
+    """The watchdog's looks are rarer than what watches it from beside expected at first."""
+    first = "from lst.train import startup\nstartup.USUAL = 1.0\nstartup.begin()\n"
+    config = replace(endless(tiny, 180.0), steps=1)
+    ranks = job(config, patched=("lst.train.loop", "open_corpus", 1, "time.sleep(3)"), first=first)
+    assert ranks.codes == [0], ranks.printed()
 
 
 @needs_proc

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lst.train.work import Work, state_of, work_of_thread, work_so_far
@@ -29,7 +30,11 @@ def difference(act: Callable[[], None]) -> Work:
         children=after.children - before.children,
         moved=after.moved - before.moved,
         flushed=after.flushed,
+        touched=after.touched - before.touched,
     )
+
+
+NOTHING = Work(seconds=0, children=0, moved=0, flushed=0, touched=0)
 
 
 def spin(seconds: float = 0.5) -> None:
@@ -84,9 +89,8 @@ def test_the_time_of_children_counts_while_they_run_and_when_they_have_ended(end
 
 
 def test_sleeping_is_no_work() -> None:
-    nothing = Work(seconds=0, children=0, moved=0, flushed=0)
     slept = difference(lambda: time.sleep(0.5))
-    assert not slept.differs(nothing, seconds=0.1, size=10_000, own=True)
+    assert not slept.differs(NOTHING, seconds=0.1, size=10_000, own=True, touching=False)
 
 
 def test_bytes_count_whoever_moves_them(tmp_path: Path) -> None:
@@ -99,20 +103,44 @@ def test_bytes_count_whoever_moves_them(tmp_path: Path) -> None:
 
 
 def test_a_spinning_wait_is_told_apart_from_other_work() -> None:
-    before = Work(seconds=1, children=2, moved=3, flushed=4)
+    before = Work(seconds=1, children=2, moved=3, flushed=4, touched=5)
     more = {"seconds": 2.0, "children": 3.0, "moved": 1000, "flushed": 1000}
     for name, value in more.items():
         after = Work(**{**vars(before), name: value})
-        assert after.differs(before, seconds=0.5, size=500, own=True)
-        assert after.differs(before, seconds=0.5, size=500, own=False) == (name != "seconds")
-        assert not after.differs(before, seconds=2, size=2000, own=True)
+        assert after.differs(before, seconds=0.5, size=500, own=True, touching=False)
+        spun = name == "seconds"
+        assert after.differs(before, seconds=0.5, size=500, own=False, touching=False) != spun
+        assert after.differs(before, seconds=0.5, size=500, own=True, touching=True) != spun
+        assert not after.differs(before, seconds=2, size=2000, own=True, touching=False)
+
+
+def test_a_call_that_spins_is_told_apart_from_one_that_comes_by_memory() -> None:
+    def fill() -> None:
+        spin()
+        np.empty(1 << 20, np.uint8).fill(1)
+
+    def read() -> None:
+        spin()
+        os.pread(zero, 1 << 20, 0)
+
+    buffer, zero = np.ones(1 << 20), os.open("/dev/zero", os.O_RDONLY)
+
+    def sort() -> None:
+        spin()
+        buffer.sort()
+
+    for act, works in ((spin, False), (sort, False), (fill, True), (read, True)):
+        work = difference(act)
+        assert work.differs(NOTHING, seconds=0.3, size=1 << 30, own=True, touching=False)
+        assert work.differs(NOTHING, seconds=0.3, size=1 << 30, own=True, touching=True) == works
+    os.close(zero)
 
 
 def test_while_a_thread_waits_for_a_disk_what_the_machine_writes_counts(tmp_path: Path) -> None:
     """A process and its threads as /proc shows them, as no test can have a slow disk."""
     numbers = " ".join(map(str, range(4, 53)))
     process = tmp_path / str(os.getpid())
-    for thread, state in ((1, "S"), (2, "D")):
+    for thread, state in ((1, "S"), (2, "D"), (threading.get_native_id(), "R")):
         folder = process / "task" / str(thread)
         folder.mkdir(parents=True)
         (folder / "stat").write_text(f"{thread} (a (b) c) {state} {numbers}\n")
@@ -147,8 +175,8 @@ def test_of_a_thread_its_own_work_alone_counts(tmp_path: Path) -> None:
     for a, b, does in zip(before, after, (True, False), strict=True):
         assert a is not None
         assert b is not None
-        assert b.differs(a, seconds=0.3, size=100 << 20, own=True) == does
-        assert b.differs(a, seconds=100.0, size=2 << 20, own=True) == does
+        for limits in ({"seconds": 0.3, "size": 100 << 20}, {"seconds": 100.0, "size": 2 << 20}):
+            assert b.differs(a, **limits, own=True, touching=False) == does
 
 
 def test_the_state_of_a_process_is_told() -> None:

@@ -1,0 +1,190 @@
+"""A rank that hangs before its watchdog is there is ended, with a reason; one that is slow is not.
+
+Programs of a few lines stand for what the command imports: none of it but the first is torch.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+import lst
+from lst.train.work import USUAL, state_of
+
+pytestmark = [
+    pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="told by /proc"),
+    pytest.mark.timeout(100),
+]
+ROOT = Path(lst.__file__).parents[1]
+PATIENCE = 2.0  # seconds
+BEGIN = "import ctypes, os, signal, sys, time\nfrom lst.train import startup\nstartup.begin()\n"
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch) -> Start:
+    """``start(*arguments, patience=…)``: of Python, in a session of its own."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
+
+    def start(*arguments: object, patience: float = PATIENCE) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, *map(str, arguments), "--hang-timeout", str(patience)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    return start
+
+
+def said(process: subprocess.Popen[str], number: str, why: str = "") -> str:
+    """All that it says, with the reason; it was killed for it."""
+    _, err = process.communicate()
+    assert process.returncode == -signal.SIGKILL, err
+    (reason,) = re.findall("^error: (.*)$", err, re.M)
+    what = rf"hangs as it starts: nothing done for {number} s{why}"
+    assert re.fullmatch(rf"rank 0 \(\S+, pid {process.pid}\) {what}", reason), reason
+    return err
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        "import time; time.sleep(1000)",
+        # Holding Python's lock, as what loads libraries does.
+        "import ctypes, os; ctypes.PyDLL(None).read(os.pipe()[0], b' ', 1)",
+    ],
+    ids=["sleeps", "holds the lock"],
+)
+def test_a_command_that_hangs_in_an_import_is_ended_and_says_in_which(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, action: str
+) -> None:
+    (tmp_path / "tyro.py").write_text(action)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    began = time.monotonic()
+    err = said(start("-m", "lst.train", "demo"), "2")
+    assert PATIENCE < time.monotonic() - began < 10 * PATIENCE
+    assert f'File "{tmp_path / "tyro.py"}", line 1 in <module>' in err
+
+
+def test_one_that_is_stopped_is_ended_sooner(start: Start) -> None:
+    process = start("-c", BEGIN + "os.kill(os.getpid(), signal.SIGSTOP)", patience=3.0)
+    said(process, "[12]", ", as it is stopped")
+
+
+def test_one_that_waits_for_a_disk_may_do_so_for_longer(start: Start) -> None:
+    """As the parent of a process that has been forked by vfork does."""
+    wait = "if ctypes.PyDLL(None).vfork() == 0:\n    time.sleep(12)\n    os._exit(0)"
+    process = start(
+        "-c", BEGIN.replace("startup.begin", "startup.DISK = 5.0\nstartup.begin") + wait
+    )
+    began = time.monotonic()
+    while state_of(process.pid) != "D":
+        assert time.monotonic() < began + 10
+        time.sleep(0.01)
+    forked = children(process.pid)
+    began = time.monotonic()
+    try:
+        process.wait()
+    finally:
+        for child in forked:  # that which sleeps holds on to its parent's pipes
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+    assert time.monotonic() - began > 2 * PATIENCE
+    said(process, "5", ", as it waits for a disk")
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        """
+import mmap  # files and maps of libraries that come slowly
+zero, library = os.open("/dev/zero", os.O_RDONLY), mmap.mmap(-1, 1 << 20)
+for turn in range(4):
+    time.sleep(0.6 * PATIENCE)
+    if turn % 2:
+        os.read(zero, 1)
+    else:
+        library[turn * 4 * mmap.PAGESIZE] = 1
+""",
+        """
+import hashlib  # one long call
+until, rounds = time.monotonic() + 2 * PATIENCE, 1 << 16
+while time.monotonic() < until:
+    hashlib.pbkdf2_hmac("sha256", b"", b"", rounds)
+    rounds *= 2
+""",
+        """
+import subprocess  # a compiler
+code = f"import time\\nuntil = time.monotonic() + {2 * PATIENCE}"
+code += "\\nwhile time.monotonic() < until: pass"
+subprocess.run([sys.executable, "-c", code], check=True)
+""",
+    ],
+    ids=["reads", "computes", "compiles"],
+)
+def test_one_that_is_slow_is_waited_for(start: Start, action: str) -> None:
+    process = start("-c", BEGIN + action.replace("PATIENCE", str(PATIENCE)))
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    assert err == ""
+
+
+def test_time_in_which_all_are_suspended_does_not_count(start: Start) -> None:
+    process = start("-c", BEGIN + f"time.sleep({PATIENCE / 2}); print('there')")
+    time.sleep(PATIENCE / 4)
+    os.killpg(process.pid, signal.SIGSTOP)
+    time.sleep(1.5 * PATIENCE)
+    os.killpg(process.pid, signal.SIGCONT)
+    out, err = process.communicate()
+    assert (process.returncode, out) == (0, "there\n"), err
+
+
+def test_what_watches_ends_with_the_command_or_before(start: Start) -> None:
+    process = start("-c", BEGIN + "print(); time.sleep(1000)", patience=USUAL)
+    assert process.stdout is not None
+    process.stdout.readline()
+    (child,) = children(process.pid)
+    process.kill()
+    began = time.monotonic()
+    process.communicate()  # whatever holds on to its pipes
+    assert time.monotonic() - began < 5
+    assert state_of(child) in ("", "Z")
+    process = start("-c", BEGIN + "startup.end(); startup.end(); os.waitpid(-1, 0)")
+    assert "ChildProcessError" in process.communicate()[1]
+
+
+def test_a_rank_may_say_for_how_long_it_may_do_nothing(start: Start) -> None:
+    allow, hang = "startup.allow({})\n", "time.sleep(1000)"
+    said(start("-c", BEGIN + allow.format(1.0) + hang, patience=USUAL), "1")
+    process = start("-c", BEGIN + allow.format(USUAL) + f"time.sleep({2 * PATIENCE})")
+    assert process.wait() == 0
+    process = start("-c", BEGIN + allow.format(0.0) + "os.waitpid(-1, 0)")
+    assert "ChildProcessError" in process.communicate()[1]
+
+
+def test_a_hang_timeout_of_zero_is_for_ever(start: Start) -> None:
+    process = start("-c", BEGIN + "os.waitpid(-1, 0)", patience=0)
+    assert "ChildProcessError" in process.communicate()[1]
+
+
+def test_the_timeout_is_read_before_there_is_a_parser() -> None:
+    from lst.train.startup import _patience
+
+    assert _patience(["demo", "--steps", "3"]) == USUAL
+    assert _patience(["demo", "--hang-timeout", "60", "--steps", "3"]) == 60
+    assert _patience(["--hang-timeout=0"]) == 0
+    for wrong in (["--hang-timeout"], ["--hang-timeout", "long"]):  # the parser says so
+        assert _patience(wrong) == USUAL
