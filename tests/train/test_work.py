@@ -1,5 +1,6 @@
 """CPU time and bytes tell that a process works: of every thread and child, but not of who asks."""
 
+import mmap
 import os
 import subprocess
 import sys
@@ -117,7 +118,7 @@ def test_a_spinning_wait_is_told_apart_from_other_work() -> None:
 def test_a_call_that_spins_is_told_apart_from_one_that_comes_by_memory() -> None:
     def fill() -> None:
         spin()
-        np.empty(1 << 20, np.uint8).fill(1)
+        mmap.mmap(-1, 1 << 20).write(bytes(1 << 20))
 
     def read() -> None:
         spin()
