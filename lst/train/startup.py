@@ -66,7 +66,8 @@ def allow(patience: float) -> None:
     if patience == 0:
         end()
     elif _child is not None:
-        os.write(_child[1], f"{patience}\n".encode())
+        with suppress(BrokenPipeError):  # somebody has ended it
+            os.write(_child[1], f"{patience}\n".encode())
 
 
 def end() -> None:
@@ -76,7 +77,7 @@ def end() -> None:
         return
     (child, writes), _child = _child, None
     os.close(writes)
-    with suppress(ChildProcessError):  # somebody else has waited for it
+    with suppress(ProcessLookupError, ChildProcessError):  # somebody else has waited for it
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     faulthandler.unregister(STACKS)

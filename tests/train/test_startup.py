@@ -160,10 +160,19 @@ def test_what_watches_ends_with_the_command_or_before(start: Start) -> None:
     process.kill()
     began = time.monotonic()
     process.communicate()  # whatever holds on to its pipes
+    while state_of(child) not in ("", "Z"):
+        time.sleep(0.01)
     assert time.monotonic() - began < 5
-    assert state_of(child) in ("", "Z")
     process = start("-c", BEGIN + "startup.end(); startup.end(); os.waitpid(-1, 0)")
     assert "ChildProcessError" in process.communicate()[1]
+
+
+def test_a_rank_goes_on_where_what_watches_it_is_killed(start: Start) -> None:
+    kill = "os.kill(startup.beside(), signal.SIGKILL); "
+    then = "time.sleep(0.5); startup.allow(3.0); startup.end(); print('there')"
+    for waited in ("", "os.waitpid(startup.beside(), 0); "):
+        out, err = start("-c", BEGIN + kill + waited + then).communicate()
+        assert (out, err) == ("there\n", "")
 
 
 def test_a_rank_may_say_for_how_long_it_may_do_nothing(start: Start) -> None:
