@@ -14,7 +14,7 @@ as a step, for the schedule and the data, which go on.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lst.data.batch import Batch
 from lst.data.loader import TrainLoader
 from lst.errors import UserError
 from lst.model import LanguageModel, build_model, count_parameters
@@ -48,6 +49,7 @@ from lst.train.warm_start import start_from_checkpoint, start_from_llama
 from lst.train.watchdog import Watchdog
 
 MAX_RECORDS = 16  # named in a message; events.jsonl names all
+StepBatches = tuple[tuple[Batch, ...], dict[int, dict[str, Any]]]  # and the lanes' states after
 
 
 @dataclass(kw_only=True)
@@ -142,30 +144,7 @@ def prepare(
         expect_wandb(config)
     checkpoint = find_resumed(config, world) if resume else None
     with world.together():
-        corpus = open_corpus(config.data)
-        state = State(
-            vocabulary=corpus.vocabulary, datasets=corpus.fingerprints, codebook=corpus.codebook
-        )
-        if resume:
-            started = checkpoint or config.out
-            check_same_run(read_config(started / CONFIG), config, str(started))
-        if checkpoint is not None:
-            state = read_state(checkpoint)
-            check_same_data(corpus, state, str(checkpoint))
-            state = replace(state, codebook=corpus.codebook)  # an older one does not say
-        loader = TrainLoader(
-            config.data,
-            corpus.vocabulary,
-            corpus.tokenizer,
-            config.model.plan(),
-            seed=config.seed,
-            total_steps=config.steps,
-            rank=world.rank,
-            world_size=world.size,
-            accumulation=config.accumulation,
-            pin=world.device.type == "cuda",
-            states=state.lanes or None,
-        )
+        corpus, state, loader = open_data(config, world, checkpoint, resume=resume)
     interrupt.poll(state.step, world)
     watch.now("building the model", slow=True)
     with torch.device("meta"):  # no rank need ever hold all of a large model
@@ -215,6 +194,41 @@ def prepare(
     )
 
 
+def open_data(
+    config: TrainConfig, world: World, checkpoint: Path | None, *, resume: bool
+) -> tuple[Corpus, State, TrainLoader]:
+    """The corpus, the state to go on from, and a loader whose next batch is that of its next step.
+
+    Raises:
+        UserError: data that cannot be read; a run resumed as another, or on other data.
+    """
+    corpus = open_corpus(config.data)
+    state = State(
+        vocabulary=corpus.vocabulary, datasets=corpus.fingerprints, codebook=corpus.codebook
+    )
+    if resume:
+        started = checkpoint or config.out
+        check_same_run(read_config(started / CONFIG), config, str(started))
+    if checkpoint is not None:
+        state = read_state(checkpoint)
+        check_same_data(corpus, state, str(checkpoint))
+        state = replace(state, codebook=corpus.codebook)  # an older one does not say
+    loader = TrainLoader(
+        config.data,
+        corpus.vocabulary,
+        corpus.tokenizer,
+        config.model.plan(),
+        seed=config.seed,
+        total_steps=config.steps,
+        rank=world.rank,
+        world_size=world.size,
+        accumulation=config.accumulation,
+        pin=world.device.type == "cuda",
+        states=state.lanes or None,
+    )
+    return corpus, state, loader
+
+
 def find_resumed(config: TrainConfig, world: World) -> Path | None:
     """The checkpoint to go on from; None where the run was stopped before it had one."""
 
@@ -229,91 +243,119 @@ def find_resumed(config: TrainConfig, world: World) -> Path | None:
 
 def take_steps(run: Run, interrupt: Interrupt) -> None:
     """Take optimizer steps, up to ``config.steps`` or until a rank is asked to stop."""
-    config, world, model, log = run.config, run.world, run.model, run.log
     batches = iter(run.loader)
-    first_step = run.state.step
-    stop = False
+    is_first, stop = True, False
     while True:
-        step = run.state.step
-        if not stop and validation_is_due(config, run.state):
-            run.watch.now("validation")
-            with gathered(model):
-                losses = validate(config, run.corpus, model, interrupt, world)
-            stop = losses is None
-            if losses is not None:
-                log.validation(step, losses, run.state.seen)
-                tell_left_out(run)
-                run.state = replace(run.state, validated=step)
-        last = stop or step == config.steps
-        run.watch.now("a checkpoint", slow=True)
-        run.checkpoints.poll(step, run.watch.stalled)
-        if run.checkpoints.due(step, last=last):
-            log.sync()
-            run.state = replace(run.state, seconds=log.seconds)
-            run.watch.now("a checkpoint", slow=True, saves=True)
-            run.checkpoints.save(run.state, model, run.optimizer)
-        run.watch.now("a checkpoint", slow=True, saves=last)
-        run.status.running(step, run.checkpoints.saved)
+        stop = stop or not validate_if_due(run, interrupt)
+        last = stop or run.state.step == run.config.steps
+        save_if_due(run, last=last)
         if last:
-            run.checkpoints.finish()
-            run.status.running(step, run.checkpoints.saved)
-            if stop:
-                log.plot()  # a run that ends has drawn them with its last validation
-                interrupt.stop(step, world)
-            return
+            break
+        stop = take_step(run, batches, interrupt, is_first=is_first)
+        is_first = False
+    if stop:
+        run.log.plot()  # a run that ends has drawn them with its last validation
+        interrupt.stop(run.state.step, run.world)
 
-        run.watch.now("waiting for data", awaited=lambda: run.loader.awaited)
-        run.profiler.before()
-        started = time.perf_counter()
-        step += 1
-        with world.together():
-            micro_batches, lanes = next(batches)
-        waited = time.perf_counter() - started
-        run.watch.now(f"step {step}")
-        if step == first_step + 1:
-            interrupt.poll(first_step, world)
-            rehearse(run.parallel, micro_batches, precision=config.precision, world=world)
-            interrupt.poll(first_step, world)
-        counts = global_counts(micro_batches, world)
-        lr = learning_rate(step, config.optimizer, config.steps)
-        set_learning_rate(run.optimizer, lr)
-        sums = backward(
-            run.parallel,
-            micro_batches,
-            targets=counts.targets,
-            precision=config.precision,
-            world=world,
-        )
-        norm = clip_gradients(model, config.optimizer.clip)
-        loss, grad_norm, stop = read_step(sums, norm, bool(interrupt), counts, world)
-        updated = is_finite(loss, grad_norm)
-        if updated:
-            run.optimizer.step()
-        run.optimizer.zero_grad(set_to_none=True)
-        run.state = replace(
-            run.state,
-            step=step,
-            lanes=lanes,
-            seen=run.state.seen.after(counts, config.model, run.corpus.vocabulary),
-            skipped=run.state.skipped + (not updated),
-            skipped_in_a_row=0 if updated else run.state.skipped_in_a_row + 1,
-        )
-        log.training_step(
-            step,
-            loss,
-            run.state.seen,
-            StepTimes(seconds=time.perf_counter() - started, data=waited),
-            lr=lr,
-            grad_norm=grad_norm,
-            skipped=run.state.skipped,
-        )
-        if run.profiler.writes:
-            run.watch.now("the profile", slow=True)
-        told = run.profiler.after()
-        if told is not None:
-            log.say(told)
-        run.watch.stepped()
-        tell_anomalies(run, loss, grad_norm, partial(global_records, micro_batches, sums))
+
+def validate_if_due(run: Run, interrupt: Interrupt) -> bool:
+    """False where the validation was broken off, as a rank is asked to stop."""
+    step = run.state.step
+    if not validation_is_due(run.config, run.state):
+        return True
+    run.watch.now("validation")
+    with gathered(run.model):
+        losses = validate(run.config, run.corpus, run.model, interrupt, run.world)
+    if losses is None:
+        return False
+    run.log.validation(step, losses, run.state.seen)
+    tell_left_out(run)
+    run.state = replace(run.state, validated=step)
+    return True
+
+
+def save_if_due(run: Run, *, last: bool) -> None:
+    """Begin to write a checkpoint, if it is time for one; the last is waited for."""
+    step = run.state.step
+    run.watch.now("a checkpoint", slow=True)
+    run.checkpoints.poll(step, run.watch.stalled)
+    if run.checkpoints.due(step, last=last):
+        run.log.sync()
+        run.state = replace(run.state, seconds=run.log.seconds)
+        run.watch.now("a checkpoint", slow=True, saves=True)
+        run.checkpoints.save(run.state, run.model, run.optimizer)
+    run.watch.now("a checkpoint", slow=True, saves=last)
+    run.status.running(step, run.checkpoints.saved)
+    if last:
+        run.checkpoints.finish()
+        run.status.running(step, run.checkpoints.saved)
+
+
+def take_step(
+    run: Run, batches: Iterator[StepBatches], interrupt: Interrupt, *, is_first: bool
+) -> bool:
+    """Take one step, log it, and name the records behind what is odd about it.
+
+    Args:
+        is_first: of this process: it is rehearsed, and a stop before it ends the run at once.
+
+    Returns:
+        Whether a rank is asked to stop.
+    """
+    config, world, model, log = run.config, run.world, run.model, run.log
+    step = run.state.step + 1
+    run.watch.now("waiting for data", awaited=lambda: run.loader.awaited)
+    run.profiler.before()
+    started = time.perf_counter()
+    with world.together():
+        micro_batches, lanes = next(batches)
+    waited = time.perf_counter() - started
+    run.watch.now(f"step {step}")
+    if is_first:
+        interrupt.poll(run.state.step, world)
+        rehearse(run.parallel, micro_batches, precision=config.precision, world=world)
+        interrupt.poll(run.state.step, world)
+    counts = global_counts(micro_batches, world)
+    lr = learning_rate(step, config.optimizer, config.steps)
+    set_learning_rate(run.optimizer, lr)
+    sums = backward(
+        run.parallel,
+        micro_batches,
+        targets=counts.targets,
+        precision=config.precision,
+        world=world,
+    )
+    norm = clip_gradients(model, config.optimizer.clip)
+    loss, grad_norm, stop = read_step(sums, norm, bool(interrupt), counts, world)
+    updated = is_finite(loss, grad_norm)
+    if updated:
+        run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.state = replace(
+        run.state,
+        step=step,
+        lanes=lanes,
+        seen=run.state.seen.after(counts, config.model, run.corpus.vocabulary),
+        skipped=run.state.skipped + (not updated),
+        skipped_in_a_row=0 if updated else run.state.skipped_in_a_row + 1,
+    )
+    log.training_step(
+        step,
+        loss,
+        run.state.seen,
+        StepTimes(seconds=time.perf_counter() - started, data=waited),
+        lr=lr,
+        grad_norm=grad_norm,
+        skipped=run.state.skipped,
+    )
+    if run.profiler.writes:
+        run.watch.now("the profile", slow=True)
+    told = run.profiler.after()
+    if told is not None:
+        log.say(told)
+    run.watch.stepped()
+    tell_anomalies(run, loss, grad_norm, partial(global_records, micro_batches, sums))
+    return stop
 
 
 def tell_anomalies(
