@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lst.errors import UserError, run_command
+from lst.machine import device_stem
 
 Row = dict[str, Any]
 
@@ -48,11 +49,6 @@ class Result:
         return (
             f"{about['device']}{threads}{load}, torch {about['torch']}, "
             f"Python {about['python']}, commit {about['commit']}, {about['date']}"
-        )
-
-    def device_stem(self) -> str:
-        return re.sub(r"[^a-z0-9]+", "-", self.machine["device"].lower().replace("(r)", "")).strip(
-            "-"
         )
 
     def facts(self, *names: str) -> list[Row]:
@@ -135,7 +131,7 @@ def render(results: Sequence[Result], out: Path, pictures: Sequence[Path]) -> st
             blocks.append(f"*{result.source()}* ([file]({link}))\n")
             blocks.extend(f"{block}\n" for block in body(result))
             for picture in pictures:
-                kind = picture.stem.removesuffix(f"-{result.device_stem()}")
+                kind = picture.stem.removesuffix(f"-{device_stem(result.machine)}")
                 if PICTURES.get(kind, ("", ""))[0] == question and kind != picture.stem:
                     where = Path(os.path.relpath(picture, out.parent)).as_posix()
                     blocks.append(f"![{PICTURES[kind][1]}]({where})\n")
@@ -434,7 +430,7 @@ def draw(results: Sequence[Result], folder: Path) -> list[Path]:
             for name, (question, _) in PICTURES.items():
                 if result.question != question:
                     continue
-                path = folder / f"{name}-{result.device_stem()}.svg"
+                path = folder / f"{name}-{device_stem(result.machine)}.svg"
                 if _DRAWERS[name](result, path):
                     drawn.append(path)
     return drawn

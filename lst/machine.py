@@ -13,7 +13,7 @@ import torch
 
 from lst.errors import UserError
 
-__all__ = ["describe_machine", "file_stem", "find_device"]
+__all__ = ["describe_machine", "device_stem", "file_stem", "find_device"]
 
 PEERS = ("triton", "numpy", "flash-attn", "flash-attn-3", "flash-attn-4", "xformers")
 
@@ -58,8 +58,12 @@ def describe_machine(device: torch.device | None = None) -> dict[str, Any]:
 
 def file_stem(about: dict[str, Any]) -> str:
     """``nvidia-h200-2026-11-21``: the device and the day, for the name of a result file."""
-    device = re.sub(r"[^a-z0-9]+", "-", about["device"].lower().replace("(r)", "")).strip("-")
-    return f"{device}-{about['date']}"
+    return f"{device_stem(about)}-{about['date']}"
+
+
+def device_stem(about: dict[str, Any]) -> str:
+    """``nvidia-h200``: the device, for the name of a file."""
+    return re.sub(r"[^a-z0-9]+", "-", about["device"].lower().replace("(r)", "")).strip("-")
 
 
 def _processor() -> str:

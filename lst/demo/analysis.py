@@ -21,6 +21,7 @@ from lst.data.batch import pack_documents
 from lst.data.interleave import Document
 from lst.data.patching import PatchingConfig, final_strategy
 from lst.flops import forward_flops, patch_counts
+from lst.generate.passes import NOTHING_ALIGNED
 from lst.model import LanguageModel, ModelConfig
 from lst.vocabulary import Tokenizer, Vocabulary
 
@@ -126,7 +127,7 @@ def analyse(
     """
     document = Document(
         tokens=np.asarray(tokens, np.int32),
-        aligned=np.zeros((0, 2), np.int32),
+        aligned=NOTHING_ALIGNED,
         breaks=(),
         score_from=1,
         score_eos=True,

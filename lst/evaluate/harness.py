@@ -24,6 +24,7 @@ from lst.data.interleave import Document
 from lst.data.patching import final_strategy
 from lst.errors import UserError, run_command
 from lst.generate import Generator, Sampling
+from lst.generate.passes import NOTHING_ALIGNED
 from lst.train.checkpoint import load_trained
 from lst.vocabulary import BOS, EOS
 
@@ -205,7 +206,7 @@ class HarnessModel(TemplateLM):
             ids = [BOS, *before, *continuation, EOS]
             document = Document(
                 tokens=np.array(ids, np.int32),
-                aligned=np.zeros((0, 2), np.int32),
+                aligned=NOTHING_ALIGNED,
                 breaks=(),
                 score_from=1 + len(before),
                 score_eos=False,

@@ -15,6 +15,7 @@ from lst.data.records import FRAMES_PER_SECOND
 from lst.errors import UserError, expect_positive, run_command
 from lst.files import expect_absent, making_folder, write_atomically, write_json
 from lst.generate import Continuation, Generator, Sampling
+from lst.generate.passes import NOTHING_ALIGNED
 from lst.generate.prompt import Span, audio_units, open_units, prompt_tokens, spans_of
 from lst.generate.requests import Request, audio_or_text, read_requests, stop_ids
 from lst.generate.sampling import Modality
@@ -26,7 +27,6 @@ from lst.train.checkpoint import load_trained
 from lst.vocabulary import Tokenizer, Vocabulary
 
 STORY, UNITS, RESULTS = "continuation.txt", "units.json", "results.jsonl"
-ALIGNED = np.zeros((0, 2), np.int32)  # nothing is
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,7 +228,9 @@ class Loaded:
         except UserError as error:
             raise UserError(f"{request.where}: {error}") from None
         strategy = self.generator.strategy
-        patches = len(patch_lengths(tokens, trained.vocabulary, strategy, aligned=ALIGNED)[0])
+        patches = len(
+            patch_lengths(tokens, trained.vocabulary, strategy, aligned=NOTHING_ALIGNED)[0]
+        )
         if context is not None and patches >= context:
             raise UserError(
                 f"{request.where}: expected a prompt that leaves room in a context of {context} "
