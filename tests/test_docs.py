@@ -16,7 +16,7 @@ from lst_kernels.backends import BACKENDS
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 GALLERY = DOCS / "kernels.md"
-PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 # Whose blocks go on from one another, or need a model: see test_tutorials.py,
 # evaluate/test_asr.py, evaluate/test_harness.py and vocoder/test_vocoder_page.py
 TUTORIALS = DOCS / "tutorials"
