@@ -63,6 +63,7 @@ document_windows = st.builds(
     st.sampled_from([1, 3, 64, 500]),
 )
 CASES = {
+    "short documents": windows([60, 1, 20, 60, 37, 60], 60),
     "nothing": make([], []),
     "no-keys": KeyRanges(torch.zeros(3).int(), torch.zeros(3).int(), 0),
     "no-queries": make([5, 2], [0, 0]),

@@ -42,6 +42,9 @@ constexpr int kNumDtypes = 3;
 // or keys (backward) a task takes through the others together, at most.
 constexpr int64_t kTileQueries = 64;
 constexpr int64_t kTileKeys = 128;
+// Rows of a tile that go through its keys by themselves, where its rows read different keys: few, so
+// that their interval is little longer than a row's; a multiple of every vector's lanes.
+constexpr int64_t kStripRows = 16;
 constexpr int64_t kTilesPerTask = 4;
 
 // The patch-owned family: scores of one range, its rows times its keys, at most.

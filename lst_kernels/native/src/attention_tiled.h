@@ -21,6 +21,7 @@ struct Tiled {
   typedef lst::Attention Attention;
   static constexpr int64_t kWidth = kLanes<C>;
   static constexpr int64_t kRows = lst::kTileQueries;
+  static_assert(lst::kStripRows % kWidth == 0, "forward, each lane is a row");
 
   // --- rows of tensors, packed ---------------------------------------------------------------
 
@@ -115,10 +116,10 @@ struct Tiled {
   // Scores (keys, 64): one key a line, so that each lane belongs to a row and the softmax needs no
   // sums across lanes. Turns scores into weights and says by how much earlier sums must shrink.
   template <bool kMasked>
-  static void soften(const ForwardScratch& s, const RowTile& tile, int64_t first_key,
-                     int64_t num_keys) {
+  static void soften(const ForwardScratch& s, const RowTile& tile, int64_t first, int64_t count,
+                     int64_t first_key, int64_t num_keys) {
     const V nothing = splat<C>(-HUGE_VAL);
-    for (int64_t r = 0; r < tile.num_rows; r += kWidth) {
+    for (int64_t r = first; r < first + count; r += kWidth) {
       C* const lane = s.scores + r;
       const I start = load<I>(tile.start + r), stop = load<I>(tile.stop + r);
       const V before = load<V>(tile.maximum + r);
@@ -199,23 +200,37 @@ struct Tiled {
     return any;
   }
 
-  // One tile of rows against the packed keys, as far as the tile's interval reaches into them.
+  // One tile of rows against the packed keys: all at once if all rows read all keys, and else strip
+  // by strip, each against its own interval, for the whole tile's may be much longer than a row's.
   static void attend(const Attention& p, const ForwardScratch& s, const RowTile& tile,
                      int64_t packed_key, int64_t num_packed) {
-    const int64_t width = padded(p), last = tile.last();
-    const int64_t first_key = larger(packed_key, tile.start[0]);
-    const int64_t end = smaller(packed_key + num_packed, tile.stop[last]);
-    const int64_t num_keys = end - first_key, skipped = (first_key - packed_key) * width;
-    product<Onto::kNothing>(s.scores, kRows, Spread<C>{s.keys + skipped, width, 1},
-                            tile.query_columns, kRows, num_keys, round_up(tile.num_rows, kWidth),
-                            p.head_dim);
-    if (tile.start[last] <= first_key && end <= tile.stop[0]) {
-      soften<false>(s, tile, first_key, num_keys);
-    } else {
-      soften<true>(s, tile, first_key, num_keys);
+    const int64_t end = packed_key + num_packed;
+    const bool full = tile.start[tile.last()] <= packed_key && end <= tile.stop[0];
+    const int64_t rows = full ? tile.num_rows : lst::kStripRows;
+    for (int64_t r = 0; r < tile.num_rows; r += rows) {
+      attend_rows(p, s, tile, r, smaller(rows, tile.num_rows - r), packed_key, end);
     }
-    product<Onto::kScaledSum>(tile.out, width, Spread<C>{s.scores, 1, kRows}, s.values + skipped,
-                              width, tile.num_rows, width, num_keys, s.decay);
+  }
+
+  // Rows first … first + count - 1 of the tile, as far as their interval reaches into the keys.
+  static void attend_rows(const Attention& p, const ForwardScratch& s, const RowTile& tile,
+                          int64_t first, int64_t count, int64_t packed_key, int64_t packed_end) {
+    const int64_t width = padded(p), last = first + count - 1;
+    const int64_t first_key = larger(packed_key, tile.start[first]);
+    const int64_t end = smaller(packed_end, tile.stop[last]), num_keys = end - first_key;
+    if (num_keys <= 0) return;
+    const int64_t skipped = (first_key - packed_key) * width;
+    C* const scores = s.scores + first;
+    product<Onto::kNothing>(scores, kRows, Spread<C>{s.keys + skipped, width, 1},
+                            tile.query_columns + first, kRows, num_keys, round_up(count, kWidth),
+                            p.head_dim);
+    if (tile.start[last] <= first_key && end <= tile.stop[first]) {
+      soften<false>(s, tile, first, count, first_key, num_keys);
+    } else {
+      soften<true>(s, tile, first, count, first_key, num_keys);
+    }
+    product<Onto::kScaledSum>(tile.out + first * width, width, Spread<C>{scores, 1, kRows},
+                              s.values + skipped, width, count, width, num_keys, s.decay + first);
   }
 
   static void close_tile(const Attention& p, int64_t kv_head, const RowTile& tile) {
@@ -311,10 +326,10 @@ struct Tiled {
 
   // Columns [from, to) of the tile's scores become weights and, from dP, gradients of scores.
   template <bool kMasked>
-  static void differentiate(const BackwardScratch& s, int64_t first_key, int64_t from, int64_t to,
-                            int64_t num_rows) {
+  static void differentiate(const BackwardScratch& s, int64_t first, int64_t count,
+                            int64_t first_key, int64_t from, int64_t to) {
     const I lanes = lane_numbers<C>();
-    for (int64_t r = 0; r < num_rows; ++r) {
+    for (int64_t r = first; r < first + count; ++r) {
       C* const weights = s.weights + r * lst::kTileKeys;
       C* const grads = s.grad_scores + r * lst::kTileKeys;
       const C lse = s.lse[r], delta = s.delta[r];
@@ -347,9 +362,10 @@ struct Tiled {
       const int64_t row_tile = r / kRows;
       const int64_t num_rows = smaller((row_tile + 1) * kRows, task.last_row) - r;
       read_rows(p, s, kv_head, r, num_rows);
+      for (int64_t i = 0; i < num_rows * padded(p); ++i) s.grad_q[i] = 0;
       bool any = false;
       for (int64_t i = 0; i < task.num_tiles; ++i) {
-        any |= differentiate_pair(p, s, s.tiles[i], num_rows, any);
+        any |= differentiate_pair(p, s, s.tiles[i], num_rows);
       }
       int32_t* const taken = turns.taken + kv_head * p.num_row_tiles() + row_tile;
       const int32_t turn = task.number - turns.first[row_tile];
@@ -405,38 +421,46 @@ struct Tiled {
               p.grad_out_head, p, kv_head, r, num_rows, C(1));
   }
 
-  // The rows against one tile of keys: adds to grad_k and grad_v, and to grad_q if that is `begun`,
-  // which it otherwise begins. False where these rows read none of the keys.
+  // The rows against one tile of keys, all at once or strip by strip, as in the forward pass: adds
+  // to grad_k, grad_v and grad_q. False where these rows read none of the keys.
   static bool differentiate_pair(const Attention& p, const BackwardScratch& s, const KeyTile& tile,
-                                 int64_t num_rows, bool begun) {
-    const int64_t width = padded(p), last = num_rows - 1;
-    const int64_t low = larger(s.start[0] - tile.first_key, 0);
-    const int64_t high = smaller(s.stop[last] - tile.first_key, tile.num_keys);
-    if (low >= high) return false;
-    const int64_t from = low / kWidth * kWidth, to = round_up(high, kWidth), span = to - from;
-    constexpr int64_t kKeys = lst::kTileKeys;
-    product<Onto::kNothing>(s.weights + from, kKeys, Spread<C>{s.queries, width, 1},
-                            tile.key_columns + from, kKeys, num_rows, span, p.head_dim);
-    product<Onto::kNothing>(s.grad_scores + from, kKeys, Spread<C>{s.grads, width, 1},
-                            tile.value_columns + from, kKeys, num_rows, span, p.head_dim);
-    if (s.start[last] <= tile.first_key + from && tile.first_key + to <= s.stop[0]) {
-      differentiate<false>(s, tile.first_key, from, to, num_rows);
-    } else {
-      differentiate<true>(s, tile.first_key, from, to, num_rows);
-    }
-    product<Onto::kSum>(tile.grad_v + from * width, width, Spread<C>{s.weights + from, 1, kKeys},
-                        s.grads, width, span, width, num_rows);
-    product<Onto::kSum>(tile.grad_k + from * width, width,
-                        Spread<C>{s.grad_scores + from, 1, kKeys}, s.queries, width, span, width,
-                        num_rows);
-    const Spread<C> grads{s.grad_scores + from, kKeys, 1};
-    const C* const keys = tile.keys + from * width;
-    if (begun) {
-      product<Onto::kSum>(s.grad_q, width, grads, keys, width, num_rows, width, span);
-    } else {
-      product<Onto::kNothing>(s.grad_q, width, grads, keys, width, num_rows, width, span);
+                                 int64_t num_rows) {
+    const int64_t last = num_rows - 1, end = tile.first_key + tile.num_keys;
+    if (larger(s.start[0], tile.first_key) >= smaller(s.stop[last], end)) return false;
+    const bool full = s.start[last] <= tile.first_key && end <= s.stop[0];
+    const int64_t rows = full ? num_rows : lst::kStripRows;
+    for (int64_t r = 0; r < num_rows; r += rows) {
+      differentiate_rows(p, s, tile, r, smaller(rows, num_rows - r));
     }
     return true;
+  }
+
+  static void differentiate_rows(const Attention& p, const BackwardScratch& s, const KeyTile& tile,
+                                 int64_t first, int64_t count) {
+    const int64_t width = padded(p), last = first + count - 1;
+    const int64_t low = larger(s.start[first] - tile.first_key, 0);
+    const int64_t high = smaller(s.stop[last] - tile.first_key, tile.num_keys);
+    if (low >= high) return;
+    const int64_t from = low / kWidth * kWidth, to = round_up(high, kWidth), span = to - from;
+    constexpr int64_t kKeys = lst::kTileKeys;
+    C* const weights = s.weights + first * kKeys + from;
+    C* const grad_scores = s.grad_scores + first * kKeys + from;
+    const C *const queries = s.queries + first * width, *const grads = s.grads + first * width;
+    product<Onto::kNothing>(weights, kKeys, Spread<C>{queries, width, 1}, tile.key_columns + from,
+                            kKeys, count, span, p.head_dim);
+    product<Onto::kNothing>(grad_scores, kKeys, Spread<C>{grads, width, 1},
+                            tile.value_columns + from, kKeys, count, span, p.head_dim);
+    if (s.start[last] <= tile.first_key + from && tile.first_key + to <= s.stop[first]) {
+      differentiate<false>(s, first, count, tile.first_key, from, to);
+    } else {
+      differentiate<true>(s, first, count, tile.first_key, from, to);
+    }
+    product<Onto::kSum>(tile.grad_v + from * width, width, Spread<C>{weights, 1, kKeys}, grads,
+                        width, span, width, count);
+    product<Onto::kSum>(tile.grad_k + from * width, width, Spread<C>{grad_scores, 1, kKeys},
+                        queries, width, span, width, count);
+    product<Onto::kSum>(s.grad_q + first * width, width, Spread<C>{grad_scores, kKeys, 1},
+                        tile.keys + from * width, width, count, width, span);
   }
 
   static void add_grad_q(const Attention& p, const BackwardScratch& s, int64_t kv_head, int64_t r,
