@@ -234,9 +234,9 @@ def tiled_backward_q(
     row_lse = tl.load(lse + out_row)
     # An empty range: exp2(score - inf) = 0.
     row_level = tl.where(row_lse == -float("inf"), float("inf"), row_lse * LOG2_E)
-    place = (head_program.to(tl.int64) * num_queries + query) * PACK + row % PACK
-    tl.store(levels + place, row_level, mask=owned)
-    tl.store(dots + place, row_dots, mask=owned)
+    place = (head_program.to(tl.int64) * num_queries + first) * PACK
+    tl.store(levels + place + row, row_level, mask=owned)
+    tl.store(dots + place + row, row_dots, mask=owned)
     row_start = tl.load(start + query)
     row_stop = tl.load(stop + query)
 
