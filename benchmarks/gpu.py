@@ -47,6 +47,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import shapes
 from benchmarks.gpu_checks import (
     BACKEND,
     PARTS,
@@ -59,18 +60,6 @@ from benchmarks.gpu_checks import (
     run_suite,
 )
 from benchmarks.gpu_measure import Report, Run, Timer, Timing, one_line
-from benchmarks.shapes import (
-    FEATURES,
-    LAYOUTS,
-    SLOTS,
-    WINDOW,
-    Case,
-    attention_inputs,
-    causal_cases,
-    decoder_cases,
-    encoder_cases,
-    static_layout,
-)
 from lst.machine import describe_machine, file_stem
 from lst_kernels import (
     KeyRanges,
@@ -205,11 +194,13 @@ class Sets:
         )
 
 
-def attention_sets(case: Case, call: Function | None = None) -> Sets:
+def attention_sets(case: shapes.Case, call: Function | None = None) -> Sets:
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return range_attention(q, k, v, case.ranges, backend=BACKEND)
 
-    sets = [attention_inputs(case.ranges, case.heads, torch.bfloat16, seed) for seed in range(2)]
+    sets = [
+        shapes.attention_inputs(case.ranges, case.heads, torch.bfloat16, seed) for seed in range(2)
+    ]
     return Sets(call or ours, sets)
 
 
@@ -223,7 +214,7 @@ def rows_first(x: Tensor) -> Tensor:
     return x[0].transpose(0, 1)
 
 
-def varlen_call(case: Case) -> Function:
+def varlen_call(case: shapes.Case) -> Function:
     """torch's varlen_attn, called as its documentation says. (-1, 0) is causal; (W-1, 0) a window
     of W; the encoder is a cross-attention of short sequences, each its patch."""
     from torch.nn.attention.varlen import varlen_attn
@@ -245,7 +236,7 @@ def varlen_call(case: Case) -> Function:
     return call
 
 
-def flex_peers(case: Case, sets: Sets, what: str) -> dict[str, Callable[[], Peer]]:
+def flex_peers(case: shapes.Case, sets: Sets, what: str) -> dict[str, Callable[[], Peer]]:
     """Compiled flex_attention under the ranges' mask; without and with the (compiled) building of
     the mask. Both share what is compiled."""
     made: dict[str, Any] = {}
@@ -279,7 +270,7 @@ def flex_peers(case: Case, sets: Sets, what: str) -> dict[str, Callable[[], Peer
     return {"flex_attention, compiled": without, "flex_attention and its mask, compiled": counted}
 
 
-def sdpa_peer(case: Case, sets: Sets, what: str) -> Callable[[], Peer]:
+def sdpa_peer(case: shapes.Case, sets: Sets, what: str) -> Callable[[], Peer]:
     def make() -> Peer:
         mask = case.ranges.dense_mask()
 
@@ -300,7 +291,7 @@ def measure_encoder(
 ) -> None:
     """Memory-bound: forward reads q, k, v and the ranges and writes out and lse; backward reads
     these and the gradient, and writes three gradients."""
-    for case in encoder_cases(num_tokens, device):
+    for case in shapes.encoder_cases(num_tokens, device):
         sets = attention_sets(case)
         (q, k, v), grad = sets.sets[0]
         lse = 4 * q.shape[0] * q.shape[1]
@@ -320,7 +311,7 @@ def measure_encoder(
                 report.target(f"encoder {what}: share of copy", share, case.name, at_least=0.75)
 
 
-def _varlen_peer(case: Case, what: str) -> Peer:
+def _varlen_peer(case: shapes.Case, what: str) -> Peer:
     return Peer(getattr(attention_sets(case, varlen_call(case)), what))
 
 
@@ -328,13 +319,17 @@ def measure_pooling(
     report: Report, timer: Any, num_tokens: int, device: torch.device, bandwidth: float
 ) -> None:
     """Memory-bound: the tokens' rows and the patches' rows once each, and max's winners."""
-    for name, make in LAYOUTS.items():
+    for name, make in shapes.LAYOUTS.items():
         layout = make(num_tokens).to(device)
         tokens = [feature_rows(layout.num_tokens, device, seed) for seed in (0, 1)]
         patches = [feature_rows(layout.num_patches, device, seed) for seed in (2, 3)]
         facts = {
             "dtype": "bfloat16",
-            "shape": {"tokens": num_tokens, "patches": layout.num_patches, "features": FEATURES},
+            "shape": {
+                "tokens": num_tokens,
+                "patches": layout.num_patches,
+                "features": shapes.FEATURES,
+            },
         }
         size = nbytes(tokens[0], patches[0], layout.cu_patches)
         for reduce in ("max", "mean"):
@@ -383,7 +378,7 @@ def pooling_peers(sets: Sets, layout: PatchLayout, reduce: str) -> dict[str, Cal
     ids = layout.patch_ids.long()
     lengths = torch.diff(layout.cu_patches).long()
     token = torch.arange(layout.num_tokens, device=layout.device)
-    shape = (layout.num_patches, FEATURES)
+    shape = (layout.num_patches, shapes.FEATURES)
 
     def scatter(x: Tensor) -> Tensor:
         how = "amax" if reduce == "max" else reduce
@@ -419,7 +414,7 @@ def measure_scan(
 ) -> None:
     """Memory-bound, without a target: forward reads x and writes y; backward reads dy and y and
     writes dx. The decays and their gradient are a thousandth of that."""
-    layout = static_layout(num_tokens)
+    layout = shapes.static_layout(num_tokens)
     cu = layout.cu_tokens.to(device)
     rows = [feature_rows(num_tokens, device, seed) for seed in range(4)]
     decays = [torch.rand(num_tokens, device=device) for _ in range(2)]
@@ -430,7 +425,9 @@ def measure_scan(
     )  # fmt: skip
     facts = {
         "op": "segment_scan", "case": "segment_scan, documents", "dtype": "bfloat16",
-        "shape": {"rows": num_tokens, "segments": layout.num_documents, "features": FEATURES},
+        "shape": {
+            "rows": num_tokens, "segments": layout.num_documents, "features": shapes.FEATURES,
+        },
     }  # fmt: skip
     read = nbytes(rows[0], decays[0], cu)
     peers = {"associative_scan": lambda: Peer(Sets(scan_peer(cu), sets.sets).forward)}
@@ -460,7 +457,7 @@ def scan_peer(cu: Tensor) -> Function:
 
 def measure_causal(report: Report, timer: Any, num_tokens: int, device: torch.device) -> None:
     """Ours through FlashAttention and through Triton, beside torch's varlen_attn."""
-    for case in causal_cases(num_tokens, device):
+    for case in shapes.causal_cases(num_tokens, device):
         product = 4 * case.ranges.num_pairs * case.heads[0] * case.heads[1]
         for what, name, flops in (
             ("forward", "forward", product), ("both", "forward + backward", 3 * product),
@@ -481,8 +478,10 @@ def measure_flex(
     """Forward + backward beside compiled flex_attention. Compiling takes long, so the cases that
     have targets come first, and cases are left out when time runs short."""
     floors = {"decoder": (1.0, 2.0), "encoder": (None, 10.0)}
-    cases = [*decoder_cases(num_tokens, device), *encoder_cases(num_tokens, device)]
-    cases = [case for case in cases if case.op == "decoder" or case.name.endswith(f"s {SLOTS}")]
+    cases = [*shapes.decoder_cases(num_tokens, device), *shapes.encoder_cases(num_tokens, device)]
+    cases = [
+        case for case in cases if case.op == "decoder" or case.name.endswith(f"s {shapes.SLOTS}")
+    ]
     for case in sorted(cases, key=lambda case: "word" in case.name):
         if report.seconds_left() < keep_seconds + 45:
             report.skip(f"{case.name}: flex_attention", "the time for the whole run was short")
@@ -511,15 +510,15 @@ def make_plan(lengths: Tensor, documents: Tensor, num_tokens: int) -> list[Patch
     layout = PatchLayout.from_lengths(lengths, documents, num_tokens=num_tokens)
     return [
         layout,
-        layout.patches_read_tokens(slots=SLOTS),
-        layout.tokens_read_patches(WINDOW, slots=SLOTS),
-        layout.sliding_window(WINDOW),
+        layout.patches_read_tokens(slots=shapes.SLOTS),
+        layout.tokens_read_patches(shapes.WINDOW, slots=shapes.SLOTS),
+        layout.sliding_window(shapes.WINDOW),
         layout.block_causal(),
     ]
 
 
 def measure_plan(report: Report, timer: Any, num_tokens: int, device: torch.device) -> None:
-    layout = static_layout(num_tokens)
+    layout = shapes.static_layout(num_tokens)
     lengths, documents = torch.diff(layout.cu_patches), torch.diff(layout.cu_documents)
     plan = make_plan(lengths, documents, num_tokens)
     facts = {"shape": {"tokens": num_tokens, "patches": layout.num_patches}}

@@ -22,21 +22,8 @@ import torch
 from torch import Tensor
 
 import lst_kernels
+from benchmarks import shapes
 from benchmarks.gpu_measure import Report, one_line
-from benchmarks.shapes import (
-    FEATURES,
-    LAYOUTS,
-    LOCAL_HEADS,
-    SLOTS,
-    Case,
-    attention_inputs,
-    causal_cases,
-    decoder_cases,
-    dense_attention,
-    encoder_cases,
-    excess_error,
-    static_layout,
-)
 from lst_kernels import (
     KeyRanges,
     PatchLayout,
@@ -76,8 +63,8 @@ def check_function(
         eps = torch.finfo(dtype).eps
         # dq, dk and dv share one scale: where dq cancels, the rounding of what cancels remains
         excess = max(
-            excess_error(first[0], eager[0], exact[0], eps),
-            excess_error(_flat(first[1:]), _flat(eager[1:]), _flat(exact[1:]), eps),
+            shapes.excess_error(first[0], eager[0], exact[0], eps),
+            shapes.excess_error(_flat(first[1:]), _flat(eager[1:]), _flat(exact[1:]), eps),
         )
         outcome = "passed" if excess <= 1 else f"error is {excess:.3g} times what is allowed"
         again = _without_questions(lambda: _with_gradients(ours, inputs, grad, dtype))
@@ -119,18 +106,18 @@ def check_attention(
     """With a window that is shorter than the documents of so few tokens, in patches too."""
     window = num_tokens // 64
     all_cases = {
-        "encoder": encoder_cases(num_tokens, device),
-        "decoder": decoder_cases(num_tokens, device, window),
-        "causal": causal_cases(num_tokens, device, window),
+        "encoder": shapes.encoder_cases(num_tokens, device),
+        "decoder": shapes.decoder_cases(num_tokens, device, window),
+        "causal": shapes.causal_cases(num_tokens, device, window),
     }
     for op in ops:
         for case in all_cases[op]:
-            qkv, grad = attention_inputs(case.ranges, case.heads, torch.bfloat16)
+            qkv, grad = shapes.attention_inputs(case.ranges, case.heads, torch.bfloat16)
 
-            def oracle(q: Tensor, k: Tensor, v: Tensor, case: Case = case) -> Tensor:
-                return dense_attention(q, k, v, case.ranges)
+            def oracle(q: Tensor, k: Tensor, v: Tensor, case: shapes.Case = case) -> Tensor:
+                return shapes.dense_attention(q, k, v, case.ranges)
 
-            def ours(q: Tensor, k: Tensor, v: Tensor, case: Case = case) -> Tensor:
+            def ours(q: Tensor, k: Tensor, v: Tensor, case: shapes.Case = case) -> Tensor:
                 return range_attention(q, k, v, case.ranges, backend=BACKEND)
 
             check_function(report, case.op, case.name, ours, oracle, qkv, grad)
@@ -141,7 +128,7 @@ def check_attention(
                 )  # its backward pass is deterministic only on request
 
 
-def flash_call(case: Case) -> Function:
+def flash_call(case: shapes.Case) -> Function:
     cu = case.cu
     assert cu is not None, f"{case.name} is not causal"
 
@@ -155,7 +142,7 @@ def flash_call(case: Case) -> Function:
 
 
 def check_pooling(report: Report, num_tokens: int, device: torch.device) -> None:
-    for name, make in LAYOUTS.items():
+    for name, make in shapes.LAYOUTS.items():
         layout = make(num_tokens).to(device)
         x, grad = (
             feature_rows(layout.num_tokens, device, 0),
@@ -198,7 +185,7 @@ def scan_call(cu: Tensor, backend: str) -> Function:
 
 def check_scan(report: Report, num_tokens: int, device: torch.device) -> None:
     """Each gradient by itself: the decay's is a sum over features, and much the larger."""
-    layout = static_layout(num_tokens)
+    layout = shapes.static_layout(num_tokens)
     x, grad = (feature_rows(num_tokens, device, seed) for seed in (0, 1))
     decay = torch.rand(num_tokens, device=device).to(x.dtype)
     for name, offsets in (("documents", layout.cu_tokens), ("patches", layout.cu_patches)):
@@ -221,15 +208,15 @@ def check_beyond_int32(report: Report, num_tokens: int, device: torch.device) ->
         report.skip("more than 2³¹ elements", f"{free / 1e9:.0f} GB of memory are free, not 60")
         return
     documents = num_tokens // 16_384
-    whole, alone = static_layout(num_tokens, documents), static_layout(16_384, 1)
+    whole, alone = shapes.static_layout(num_tokens, documents), shapes.static_layout(16_384, 1)
     patterns: dict[str, Callable[[PatchLayout], KeyRanges]] = {
-        "encoder": lambda layout: layout.patches_read_tokens(slots=SLOTS),
-        "decoder": lambda layout: layout.tokens_read_patches(64, slots=SLOTS),
+        "encoder": lambda layout: layout.patches_read_tokens(slots=shapes.SLOTS),
+        "decoder": lambda layout: layout.tokens_read_patches(64, slots=shapes.SLOTS),
         "causal": lambda layout: layout.sliding_window(64),
     }
     for op, pattern in patterns.items():
         ranges, last = pattern(whole).to(device), pattern(alone).to(device)
-        qkv, grad = attention_inputs(ranges, LOCAL_HEADS, torch.bfloat16)
+        qkv, grad = shapes.attention_inputs(ranges, shapes.LOCAL_HEADS, torch.bfloat16)
         check_tail(
             report, op, qkv, grad,
             lambda *qkv, ranges=ranges: range_attention(*qkv, ranges, backend=BACKEND),
@@ -286,7 +273,9 @@ def difference(x: Tensor, y: Tensor) -> float:
 
 def feature_rows(number: int, device: torch.device, seed: int) -> Tensor:
     generator = torch.Generator(device).manual_seed(seed)
-    return torch.randn(number, FEATURES, generator=generator, device=device, dtype=torch.bfloat16)
+    return torch.randn(
+        number, shapes.FEATURES, generator=generator, device=device, dtype=torch.bfloat16
+    )
 
 
 #: name → the ops that a part checks, and the part

@@ -55,6 +55,19 @@ def range_attention(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@overload
+def range_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranges: KeyRanges,
+    *,
+    scale: float | None = None,
+    return_lse: bool,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
 def range_attention(
     q: Tensor,
     k: Tensor,
