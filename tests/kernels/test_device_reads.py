@@ -153,7 +153,11 @@ def test_segment_scan_reads_nothing(gpu):
     assert len(gpu[1]) == 6  # three kernels each way
 
 
-def test_a_layout_made_on_the_device_reads_nothing(gpu):
+def test_a_layout_made_on_the_device_neither_reads_nor_copies_from_the_host(gpu, monkeypatch):
+    def copied(*args, **kwargs):
+        raise AssertionError("a copy from the host, which waits for the device")
+
+    monkeypatch.setattr(torch, "tensor", copied)
     lengths = torch.empty(8, dtype=torch.int32, device="meta")
     documents = torch.empty(2, dtype=torch.int32, device="meta")
     starts = torch.empty(46, dtype=torch.bool, device="meta")
@@ -161,6 +165,7 @@ def test_a_layout_made_on_the_device_reads_nothing(gpu):
     for layout in (
         PatchLayout.from_lengths(lengths, documents, num_tokens=46),
         PatchLayout.from_boundaries(starts, max_patches=20, cu_tokens=cu_tokens),
+        PatchLayout.from_boundaries(starts, max_patches=20),
     ):
         for pattern in PATTERNS.values():
             assert pattern(layout).start.device.type == "meta"

@@ -310,6 +310,7 @@ def test_layouts_made_on_the_device_do_not_wait_and_are_those_of_the_cpu():
     try:
         made = PatchLayout.from_lengths(*there[:2], num_tokens=num_tokens)
         cut = PatchLayout.from_boundaries(there[2], max_patches=90, cu_tokens=there[3])
+        PatchLayout.from_boundaries(there[2], max_patches=90)  # a single document
         ranges = [made.tokens_read_patches(slots=2), cut.patches_read_tokens(slots=2)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
