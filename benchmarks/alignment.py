@@ -29,6 +29,7 @@ import torch
 
 from lst.data.records import FRAMES_PER_SECOND, Dataset
 from lst.errors import UserError, run_command
+from lst.files import make_folder
 from lst.machine import describe_machine, file_stem
 from lst.speech.alignment import CTCAligner
 from lst.speech.audio import SAMPLE_RATE, Timed
@@ -273,6 +274,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=90, help="of the corpus to train on")
     parser.add_argument("--steps", type=int, default=2000)
     options = parser.parse_args()
+    make_folder(options.out)
     about = describe_machine()
     if not (options.corpus / "corpus.json").is_file():
         raise UserError(f"{options.corpus}: no demo corpus here: python -m lst.prepare demo")
@@ -293,7 +295,6 @@ def main() -> None:
         "unknown_voice": measure(aligner, options.corpus / "valid/voice"),
         "windows": windows_beside_one_pass(options.model, options.corpus / "valid/voice"),
     }
-    options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"alignment-{file_stem(about)}.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps({name: result[name] for name in list(result)[3:]}, indent=2))

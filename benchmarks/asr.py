@@ -28,7 +28,7 @@ from lst.data.records import FRAMES_PER_SECOND, Dataset, Record, RecordWriter, W
 from lst.errors import UserError, run_command
 from lst.evaluate.error_rate import error_rates, normaliser
 from lst.evaluate.speech_to_text import generator_of, open_records, transcribe
-from lst.files import Location
+from lst.files import Location, make_folder
 from lst.machine import describe_machine, file_stem
 from lst.presets import PRESETS, fine_tuning
 from lst.train.checkpoint import load_trained
@@ -138,7 +138,9 @@ def outcomes(run: Path, corpus: Path, options: argparse.Namespace) -> Iterator[d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the result file")
-    parser.add_argument("--presets", nargs="+", default=["demo", "demo-baseline"])
+    parser.add_argument(
+        "--presets", nargs="+", default=["demo", "demo-baseline"], choices=list(PRESETS)
+    )
     parser.add_argument("--corpus", type=Path, default=Path("data/demo"))
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the run folders")
     parser.add_argument("--steps", type=int, nargs="+", default=[100, 200, 400])
@@ -148,6 +150,7 @@ def main() -> None:
     options = parser.parse_args()
     if any(step % options.steps[0] for step in options.steps):
         raise UserError(f"--steps: expected multiples of the first, got {options.steps}")
+    make_folder(options.out)
     about = describe_machine()
     started = time.perf_counter()
     folder = options.runs / ("asr-from-scratch" if options.from_scratch else "asr")
@@ -171,7 +174,6 @@ def main() -> None:
         "seconds": time.perf_counter() - started,
         "runs": runs,
     }
-    options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"asr-{file_stem(about)}.json"
     path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     print(f"written to {path}")

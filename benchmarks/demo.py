@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lst.errors import UserError, run_command
+from lst.files import make_folder
 from lst.machine import describe_machine, file_stem
 from lst.presets import PRESETS
 from lst.train.loop import train
@@ -42,13 +43,15 @@ def outcome(name: str, folder: Path, corpus: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the result file")
-    parser.add_argument("--presets", nargs="+", default=["demo", "demo-baseline"])
+    parser.add_argument(
+        "--presets", nargs="+", default=["demo", "demo-baseline"], choices=list(PRESETS)
+    )
     parser.add_argument("--corpus", type=Path, default=Path("data/demo"))
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the run folders")
     options = parser.parse_args()
+    make_folder(options.out)
     about = describe_machine()
     runs = [outcome(name, options.runs / name, options.corpus) for name in options.presets]
-    options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"demo-{file_stem(about)}.json"
     corpus = json.loads((options.corpus / "corpus.json").read_text())
     path.write_text(json.dumps({"machine": about, "corpus": corpus, "runs": runs}, indent=2) + "\n")

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lst.errors import UserError, run_command
+from lst.files import make_folder, write_atomically
 from lst.machine import device_stem
 
 Row = dict[str, Any]
@@ -445,7 +446,7 @@ def _axes(width: float = 7.5) -> tuple[Any, Any]:
 
 def _save(figure: Any, result: Result, path: Path) -> bool:
     figure.supxlabel(result.source(), fontsize=7, color="#555555")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     figure.savefig(path, metadata={"Date": None, "Creator": None})
     # matplotlib leaves blanks at the ends of lines
     path.write_text(re.sub(r"[ \t]+$", "", path.read_text(), flags=re.M))
@@ -565,7 +566,7 @@ def main() -> None:
     pictures = draw(results, folder)
     for stale in set(folder.glob("*.svg")) - set(pictures):
         stale.unlink()
-    options.out.write_text(render(results, options.out, pictures))
+    write_atomically(options.out, render(results, options.out, pictures))
     print(f"written to {options.out}, {len(pictures)} plots in {folder}")
 
 

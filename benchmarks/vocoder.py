@@ -30,6 +30,7 @@ import numpy as np
 from benchmarks.alignment import CHARACTERS, VOCABULARY, Utterance, spoken
 from lst.data.records import FRAMES_PER_SECOND
 from lst.errors import UserError, run_command
+from lst.files import make_folder
 from lst.machine import describe_machine, file_stem
 from lst.speech.alignment import CTCAligner
 from lst.speech.audio import SAMPLE_RATE
@@ -179,6 +180,7 @@ def main() -> None:
     parser.add_argument("--aligner", type=Path, default=Path("runs/aligner"))
     parser.add_argument("--stories", type=int, default=32, help="of each held-out part")
     options = parser.parse_args()
+    make_folder(options.out)
     about = describe_machine()
     for needed, made_by in (
         (options.corpus / "corpus.json", "lst.prepare demo"),
@@ -209,7 +211,6 @@ def main() -> None:
             for name, part in parts.items()
         },
     }
-    options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"vocoder-{file_stem(about)}.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps({name: result[name] for name in parts}, indent=2))

@@ -28,6 +28,7 @@ __all__ = [
     "Location",
     "expect_absent",
     "fsync",
+    "make_folder",
     "making_folder",
     "reason",
     "replacing",
@@ -118,6 +119,16 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({reason(error)})") from None
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, as far as they are not there.
+
+    Raises:
+        UserError: a file is in the way, or it cannot be written.
+    """
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
 
 
 @contextmanager

@@ -9,7 +9,14 @@ import fsspec
 import pytest
 
 from lst.errors import UserError
-from lst.files import Location, expect_absent, replacing, write_atomically, write_json
+from lst.files import (
+    Location,
+    expect_absent,
+    make_folder,
+    replacing,
+    write_atomically,
+    write_json,
+)
 
 FILES = {"a/one.txt": b"1", "a/two.txt": b"22", "b/three.txt": b"333", "top.txt": b""}
 
@@ -130,6 +137,16 @@ def test_what_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/a: cannot be written \(Not a directory\)$"):
         write_json(tmp_path / "file" / "a", 1)
+
+
+def test_a_folder_is_made_once_and_a_file_in_its_way_is_told(tmp_path: Path) -> None:
+    for _ in range(2):
+        make_folder(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").write_text("mine")
+    for path in (tmp_path / "file", tmp_path / "file" / "c"):
+        with pytest.raises(UserError, match=f"{path}: cannot be written"):
+            make_folder(path)
 
 
 def test_a_folder_below_a_file_is_refused_before_anything_is_made(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from lst.compare.arms import ARMS
 from lst.compare.study import Budget, Result, Study, run_folder
-from lst.files import replacing, write_atomically, write_json, writing
+from lst.files import make_folder, replacing, write_atomically, write_json
 
 TASKS = {"hellaswag": "HellaSwag", "storycloze": "StoryCloze", "topicstorycloze": "TopicStoryCloze"}
 MODES = ("S→S", "T→T")
@@ -272,8 +272,7 @@ def write_report(study: Study, runs: Runs, missing: Sequence[str], out: Path, ab
         budget: {name: [asdict(each) for each in results] for name, results in arms.items()}
         for budget, arms in runs.items()
     }
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     values = {"study": study.name, "machine": about, "missing": list(missing), "runs": held}
     write_json(out / "results.json", values)
     curves = [

@@ -27,7 +27,7 @@ from lst.data.interleave import record_document, stable_rng
 from lst.data.patching import Aligned
 from lst.data.records import Dataset, Record
 from lst.errors import UserError, run_command
-from lst.files import Location, replacing, write_json, writing
+from lst.files import Location, make_folder, replacing, write_json
 from lst.model import LanguageModel
 from lst.train.checkpoint import load_model
 from lst.train.corpus import made_with
@@ -244,8 +244,7 @@ def main() -> None:
     vectors, words = vectors[kept], [word for word in words if word in chosen]
     found = clusters(vectors, words)
     out = config.out or config.checkpoint
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     write_json(out / "word_embeddings.json", {**asdict(found), "words": chosen})
     draw(vectors, words, chosen, out / "word_embeddings.png")
     print(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lst.data.records import Dataset
 from lst.errors import UserError, expect_positive
-from lst.files import replacing, writing
+from lst.files import make_folder, replacing, writing
 from lst.prepare.outcomes import Skipped
 from lst.prepare.sources import Part, Sources, list_inputs
 from lst.prepare.text import text_records
@@ -52,8 +52,7 @@ def prepare_tokenizer(config: TokenizerConfig) -> Tokenizer:
         UserError: a text that cannot be read, by file and record; too little text for so many
             pieces; a model that is none; another tokenizer in the folder.
     """
-    with writing(config.out):
-        config.out.mkdir(parents=True, exist_ok=True)
+    make_folder(config.out)
     if config.model is not None:
         tokenizer = Tokenizer.load(config.model)
         _put(tokenizer, config.out)

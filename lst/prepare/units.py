@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lst.errors import UserError, expect_option, expect_positive
-from lst.files import replacing, writing
+from lst.files import make_folder, replacing
 from lst.machine import find_device
 from lst.prepare.sources import Sources, Utterance, list_inputs, source_kind
 from lst.prepare.speech import open_audio
@@ -78,8 +78,7 @@ def fit_codebook(config: CodebookConfig) -> str:
             seed=config.seed,
             device=config.device,
         ).save
-    with writing(config.out):
-        config.out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(config.out.parent)
     with replacing(config.out) as temporary:
         save(temporary)
     minutes = sum(map(len, waveforms)) / SAMPLE_RATE / 60

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from lst.data.records import FRAMES_PER_SECOND, Dataset
 from lst.errors import UserError, expect_option
-from lst.files import write_atomically, writing
+from lst.files import make_folder, write_atomically
 from lst.speech.audio import write_wav
 from lst.speech.synthesis import HELD_OUT_VOICE, TRAINING_VOICES, synthesize
 
@@ -44,8 +44,7 @@ def write_recordings(config: RecordingsConfig) -> str:
         UserError: not a dataset of the demo corpus; it cannot be written.
     """
     voices = {voice.name: voice for voice in (*TRAINING_VOICES, HELD_OUT_VOICE)}
-    with writing(config.out):
-        config.out.mkdir(parents=True, exist_ok=True)
+    make_folder(config.out)
     rows, frames = [], 0
     for record in tqdm(Dataset.open(config.corpus), desc="recordings", disable=None):
         if frames >= config.minutes * 60 * FRAMES_PER_SECOND:
@@ -58,8 +57,7 @@ def write_recordings(config: RecordingsConfig) -> str:
         name = f"{record.id}.wav"
         path = config.out / name
         if not path.is_file():
-            with writing(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             write_wav(path, synthesize(record.text, voices[record.speaker]).waveform)
         rows.append({"audio": name, "speaker": record.speaker, "text": record.text})
         frames += len(record.units)
