@@ -211,9 +211,15 @@ def test_a_rank_that_hangs_after_it_has_met_the_others_ends_all(tiny: Tiny, job:
     config = endless(tiny, 3.0)
     ranks = job(config, ranks=2, patched=("lst.train.watchdog", "open_links", 1, HANG))
     assert ranks.codes == [1, 1]
-    for rank, where in enumerate(("", "<string>:1 ")):
-        said = f"no progress for . s: rank {rank}: connecting to the other ranks, at {where}"
-        assert re.search(said, ranks.printed(rank)), ranks.printed()
+    said = [
+        re.search(
+            f"no progress for . s: rank {rank}: connecting to the other ranks, at {where}", text
+        )
+        for rank, where, text in ((0, "", ranks.printed(0)), (1, "<string>:1 ", ranks.printed(1)))
+    ]
+    assert said[1], ranks.printed()
+    # The other waits for it, and may find its connection closed before its own watchdog speaks.
+    assert said[0] or "Connection closed by peer" in ranks.printed(0), ranks.printed()
 
 
 def test_a_checkpoint_that_is_not_written_ends_the_job_and_names_the_rank(
