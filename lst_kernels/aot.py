@@ -90,7 +90,7 @@ def configurations() -> Iterator[Configuration]:
     bf16, fp32 = torch.bfloat16, torch.float32
     tiled: tuple[tables.Kernel, ...] = ("forward", "backward_q", "backward_kv")
     for family in tiled:
-        for size in (16, 64, 80, 128, 256):
+        for size in (16, 40, 64, 72, 80, 128, 256):
             yield Configuration(family, bf16, size)
         for size in (64, 128):
             yield Configuration(family, bf16, size, heads=(16, 4))
@@ -99,7 +99,7 @@ def configurations() -> Iterator[Configuration]:
     for owned in ("patch_forward", "patch_backward"):
         for slots in (1, 2, 4, 8, 32):
             yield Configuration(owned, bf16, 64, slots=slots)
-        for size in (16, 80, 128, 256):
+        for size in (16, 72, 80, 128, 256):
             yield Configuration(owned, bf16, size, slots=2)
         yield Configuration(owned, bf16, 64, heads=(16, 4), slots=2)
         yield Configuration(owned, fp32, 64, slots=2)

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lst_kernels.ranges import KeyRanges
-from lst_kernels.triton.launch import Launch, ceil_div, power_of_2, strides
+from lst_kernels.triton.launch import Launch, ceil_div, in_elements, power_of_2, strides
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
@@ -95,8 +95,11 @@ def patch_forward(
     q_row, q_head, k_row, k_head, v_row, v_head, qk_scale,
     SLOTS: tl.constexpr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr,
     HEAD_BLOCKS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
+    q_row, q_head = in_elements(q_row, q_head, UNIT)
+    k_row, k_head = in_elements(k_row, k_head, UNIT)
+    v_row, v_head = in_elements(v_row, v_head, UNIT)
     g = tl.program_id(0) // HEAD_BLOCKS
     row, kv_head, column = _axes(tl.program_id(0) % HEAD_BLOCKS, BLOCK_R, BLOCK_H, BLOCK_D)
     query, head, exists = _query_rows(g, row, kv_head, SLOTS, GROUP, KV_HEADS)
@@ -146,8 +149,12 @@ def patch_backward(
     num_ranges, num_keys, qk_scale, scale,
     SLOTS: tl.constexpr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr,
     HEAD_BLOCKS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
+    grad_row, grad_head = in_elements(grad_row, grad_head, UNIT)
+    q_row, q_head = in_elements(q_row, q_head, UNIT)
+    k_row, k_head = in_elements(k_row, k_head, UNIT)
+    v_row, v_head = in_elements(v_row, v_head, UNIT)
     g = tl.program_id(0) // HEAD_BLOCKS
     row, kv_head, column = _axes(tl.program_id(0) % HEAD_BLOCKS, BLOCK_R, BLOCK_H, BLOCK_D)
     query, head, exists = _query_rows(g, row, kv_head, SLOTS, GROUP, KV_HEADS)

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from lst_kernels.ranges import KeyRanges
 from lst_kernels.schedule import BLOCK_ROWS
-from lst_kernels.triton.launch import Launch, ceil_div, power_of_2, strides
+from lst_kernels.triton.launch import Launch, ceil_div, in_elements, power_of_2, strides
 from lst_kernels.triton.tables import Tile
 
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -132,10 +132,14 @@ def tiled_forward(
     HEADS: tl.constexpr, KV_PROGRAMS: tl.constexpr,
     PACK: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     first, end, head_program = _owned_tile(order, num_queries, heads_together, QUERIES, BLOCK_ROWS)
     if first >= end:
         return
+    q_row, q_head = in_elements(q_row, q_head, UNIT)
+    k_row, k_head = in_elements(k_row, k_head, UNIT)
+    v_row, v_head = in_elements(v_row, v_head, UNIT)
     kv_head = head_program // KV_PROGRAMS
     k += kv_head.to(tl.int64) * k_head
     v += kv_head.to(tl.int64) * v_head
@@ -211,10 +215,15 @@ def tiled_backward_q(
     HEADS: tl.constexpr, KV_PROGRAMS: tl.constexpr,
     PACK: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     first, end, head_program = _owned_tile(order, num_queries, heads_together, QUERIES, BLOCK_ROWS)
     if first >= end:
         return
+    grad_row, grad_head = in_elements(grad_row, grad_head, UNIT)
+    q_row, q_head = in_elements(q_row, q_head, UNIT)
+    k_row, k_head = in_elements(k_row, k_head, UNIT)
+    v_row, v_head = in_elements(v_row, v_head, UNIT)
     kv_head = head_program // KV_PROGRAMS
     k += kv_head.to(tl.int64) * k_head
     v += kv_head.to(tl.int64) * v_head
@@ -287,10 +296,15 @@ def tiled_backward_kv(
     KV_HEADS: tl.constexpr, KV_PROGRAMS: tl.constexpr,
     PACK: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     first, end, kv_head = _owned_tile(order, num_keys, heads_together, BLOCK_N, BLOCK_ROWS)
     if first >= end:
         return
+    grad_row, grad_head = in_elements(grad_row, grad_head, UNIT)
+    q_row, q_head = in_elements(q_row, q_head, UNIT)
+    k_row, k_head = in_elements(k_row, k_head, UNIT)
+    v_row, v_head = in_elements(v_row, v_head, UNIT)
     columns = tl.arange(0, BLOCK_D)
     key = tl.minimum(first + tl.arange(0, BLOCK_N), end - 1)  # spare rows repeat the last key
     k_offsets = key.to(tl.int64) * k_row + kv_head.to(tl.int64) * k_head

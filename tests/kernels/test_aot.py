@@ -50,6 +50,16 @@ def test_the_scan_loads_its_next_rows_before_it_writes_one(family):
     assert "cp.async" in ptx
 
 
+@pytest.mark.parametrize("family", ["forward", "backward_kv", "patch_forward"])
+def test_heads_of_72_are_loaded_as_wide_as_heads_of_64(family):
+    """72 is a multiple of the 8 numbers that a thread loads at once, but not of 16."""
+    configuration = Configuration(family, BF16, 72)
+    compiled = aot.compile_launch(aot.launch(configuration, "sm_90"), aot.TARGETS["sm_90"].triton)
+    assert re.search(r"ld\.global\S*\.v4\.b32", compiled.asm["ptx"])
+    assert not re.search(r"ld\.global\S*\.b16\b", compiled.asm["ptx"])
+    assert aot._nvidia_resources(compiled.asm["cubin"])[1] == 0
+
+
 def test_a_tile_too_large_for_the_registers_is_a_fault(monkeypatch):
     configuration = Configuration("backward_q", BF16, 64)
     table = tables.TILES["sm_90"] | {("backward_q", 2): {256: tables.Tile(128, 128, 4, 1)}}
