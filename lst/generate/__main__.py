@@ -90,6 +90,9 @@ class GenerateConfig:
         expect_positive(
             self, "num_samples", "batch_size", "context", "seconds", "max_prompt_seconds"
         )
+        for name in ("voice", "speaker"):
+            if self.out is None and getattr(self, name) is not None:
+                raise UserError(f"--{name}: expected it with --out, which sound is written to")
         if self.seconds is not None and self.modality != "speech":
             raise UserError(f"--seconds: expected it with --modality speech, got {self.modality}")
 

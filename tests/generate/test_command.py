@@ -364,6 +364,8 @@ def test_a_prompt_longer_than_the_context(run: Run) -> None:
         (("--prompt", "a", "--prompts", "b"), "expected --prompt or --prompts, got both"),
         (("--num-samples", "0"), "--num-samples: expected 1 or more, got 0"),
         (("--context", "0"), "--context: expected 1 or more, got 0"),
+        (("--voice", "vocoder"), "--voice: expected it with --out, which sound is written to"),
+        (("--speaker", "amy"), "--speaker: expected it with --out, which sound is written to"),
         (("--max-prompt-seconds", "nan"), "--max-prompt-seconds: expected more than 0, got nan"),
         (("--device", "tpu"), "device tpu: expected one that is here, such as cpu ("),
         (("--temperature", "-1"), "expected a temperature of 0 or more, got -1.0"),
