@@ -18,7 +18,7 @@ from lst.demo.analysis import analyse
 from lst.demo.picture import draw
 from lst.errors import UserError
 from lst.generate import Generator, Sampling
-from lst.generate.prompt import audio_units, prompt_tokens, spans_of
+from lst.generate.prompt import audio_units, prompt_tokens, readable, spans_of
 from lst.model import count_parameters
 from lst.pretrained import Pretrained
 from lst.speech.audio import read_audio
@@ -242,10 +242,7 @@ class Session:
 
     def _text_of(self, tokens: np.ndarray, prompt: np.ndarray) -> str:
         spans = spans_of(tokens, self.trained.vocabulary, self.trained.tokenizer, after=prompt)
-        return "\n".join(
-            span if isinstance(span, str) else f"[{len(span) / FRAMES_PER_SECOND:.2f} s of speech]"
-            for span in spans
-        )
+        return "\n".join(map(readable, spans))
 
 
 def _digest(path: Path) -> str:

@@ -16,7 +16,14 @@ from lst.errors import UserError, expect_positive, run_command
 from lst.files import expect_absent, making_folder, write_atomically, write_json
 from lst.generate import Continuation, Generator, Sampling
 from lst.generate.passes import NOTHING_ALIGNED
-from lst.generate.prompt import Span, audio_units, open_units, prompt_tokens, spans_of
+from lst.generate.prompt import (
+    Span,
+    audio_units,
+    open_units,
+    prompt_tokens,
+    readable,
+    spans_of,
+)
 from lst.generate.requests import Request, audio_or_text, read_requests, stop_ids
 from lst.generate.sampling import Modality
 from lst.pretrained import Pretrained
@@ -115,7 +122,7 @@ class Result:
         return {
             "id": self.request.name,
             "sample": self.sample,
-            "text": readable(self.spans),
+            "text": text_of(self.spans),
             "stopped": made.stopped,
             "tokens": len(made.tokens),
             "logprob": float(made.logprobs.astype(np.float64).sum()),
@@ -127,13 +134,8 @@ def _spans_json(spans: Sequence[Span]) -> list[dict[str, Any]]:
     return [{"text": s} if isinstance(s, str) else {"units": s.tolist()} for s in spans]
 
 
-def readable(spans: Sequence[Span]) -> str:
-    """Spans as text; a stretch of speech says how long it is."""
-    parts = [
-        span if isinstance(span, str) else f"[{len(span) / FRAMES_PER_SECOND:.2f} s of speech]"
-        for span in spans
-    ]
-    return " ".join(parts)
+def text_of(spans: Sequence[Span]) -> str:
+    return " ".join(map(readable, spans))
 
 
 class Reader:
@@ -151,7 +153,7 @@ class Reader:
             return
         tokens = np.array(self._tokens, np.int32)
         spans = spans_of(tokens, self._vocabulary, self._tokenizer, after=self._prompt)
-        text = readable(spans).rstrip("\N{REPLACEMENT CHARACTER}")
+        text = text_of(spans).rstrip("\N{REPLACEMENT CHARACTER}")
         if text.startswith(self._shown):
             print(text[len(self._shown) :], end="", flush=True)
             self._shown = text
@@ -262,7 +264,7 @@ def generate(config: GenerateConfig) -> list[Result]:
             print(json.dumps(result.to_json(), ensure_ascii=False))
     if config.prompts is None and config.num_samples > 1:
         for result in results:
-            print(f"--- {result.sample}\n{readable(result.spans)}")
+            print(f"--- {result.sample}\n{text_of(result.spans)}")
     return results
 
 
@@ -322,7 +324,7 @@ def _answer(
                 spans=spans,
             )
             if reader is not None:
-                reader.finish(readable(spans))
+                reader.finish(text_of(spans))
 
 
 # Files --------------------------------------------------------------------------------------------
@@ -350,7 +352,7 @@ def _write_result(
 ) -> None:
     trained, made = loaded.trained, result.continuation
     prompt = spans_of(result.prompt, trained.vocabulary, trained.tokenizer)
-    write_atomically(folder / STORY, f"{readable(result.spans)}\n")
+    write_atomically(folder / STORY, f"{text_of(result.spans)}\n")
     write_json(
         folder / UNITS,
         {

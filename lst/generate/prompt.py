@@ -22,6 +22,7 @@ from typing import Literal
 import numpy as np
 
 from lst.data.encoded import word_pieces
+from lst.data.records import FRAMES_PER_SECOND
 from lst.errors import UserError
 from lst.generate.sampling import Modality
 from lst.pretrained import Pretrained
@@ -29,7 +30,7 @@ from lst.speech.audio import SAMPLE_RATE, AudioError, AudioReader
 from lst.speech.units import UnitEncoder, UnitsConfig, load_units
 from lst.vocabulary import BOS, SPEECH, TEXT, Tokenizer, Vocabulary
 
-__all__ = ["SILENCE", "Span", "audio_units", "open_units", "prompt_tokens", "spans_of"]
+__all__ = ["SILENCE", "Span", "audio_units", "open_units", "prompt_tokens", "readable", "spans_of"]
 
 Span = str | np.ndarray  # text, or (F,) units of the codebook
 MARKERS = {"text": TEXT, "speech": SPEECH}
@@ -141,6 +142,11 @@ def spans_of(
             spans.append(_decode(before, ids, vocabulary, tokenizer))
         before = before[:0]
     return spans
+
+
+def readable(span: Span) -> str:
+    """A span as text; of speech, how long it is: ``[1.24 s of speech]``."""
+    return span if isinstance(span, str) else f"[{len(span) / FRAMES_PER_SECOND:.2f} s of speech]"
 
 
 def _runs(
