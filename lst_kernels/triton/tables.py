@@ -60,7 +60,7 @@ TILES: dict[str, Table] = {
     },
     "sm_100": _FLOAT32 | {
         ("forward", 4): _row(Tile(32, 32, 4, 2), Tile(16, 16, 4, 1), Tile(32, 32, 8, 1)),
-        ("backward_q", 4): _row(Tile(32, 32, 8, 2), Tile(16, 16, 8, 2), Tile(16, 32, 8, 2)),
+        ("backward_q", 4): _row(Tile(32, 32, 8, 2), Tile(16, 16, 8, 2), Tile(32, 32, 16, 2)),
         ("forward", 2): _row(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
         ("backward_q", 2): _row(Tile(128, 32, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
         ("backward_kv", 2): _row(Tile(64, 128, 8, 2), Tile(64, 128, 8, 2), Tile(32, 64, 8, 2)),
