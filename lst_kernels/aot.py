@@ -292,7 +292,12 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time")
     arguments = parser.parse_args()
 
+    if arguments.jobs < 1:
+        parser.error(f"--jobs: expected 1 or more, got {arguments.jobs}")
     chosen = [c for c in configurations() if c.family.startswith(arguments.family or "")]
+    if not chosen:
+        families = ", ".join(sorted({c.family for c in configurations()}))
+        parser.error(f"--family: expected the start of one of {families}; got {arguments.family!r}")
     print(f"{'kernel':46} warps registers stack  shared  tensor cores")
     failures = 0
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:

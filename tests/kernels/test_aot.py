@@ -115,3 +115,18 @@ def test_offsets_of_rows_are_64_bit(configuration):
             assert not used & narrow, line
             products += "i64" in line
     assert products
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--jobs", "0"], "--jobs: expected 1 or more, got 0"),
+        (["--family", "nonsense"], "--family: expected the start of one of .*; got 'nonsense'"),
+    ],
+)
+def test_a_mistaken_command_is_told_in_one_line(monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr("sys.argv", ["aot", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        aot.main()
+    assert ended.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
