@@ -143,7 +143,7 @@ def test_a_patch_costs_what_a_document_costs_more_for_having_it(name: str) -> No
     lengths = patch_document(whole, VOCABULARY, strategy).lengths
     before = counts[0] * 0
     for own, stop in zip(counts, np.cumsum(lengths), strict=True):
-        part = replace(whole, tokens=whole.tokens[:stop])
+        part = whole._replace(tokens=whole.tokens[:stop])
         batch = plan_batch(patch_document(part, VOCABULARY, strategy), VOCABULARY, config.plan())
         assert before + own == batch_counts(batch)
         before = batch_counts(batch)
@@ -258,7 +258,7 @@ def test_expected_counts_are_those_of_a_stream_of_the_mix(
     config = replace(config, decoder_window=decoder_window)
     spoken, written = document([3, 12] * 80), document([])
     length = len(spoken.tokens)
-    written = replace(written, tokens=np.full(length, VOCABULARY.first_piece, np.int32))
+    written = written._replace(tokens=np.full(length, VOCABULARY.first_piece, np.int32))
     mix = Mix(speech=12 * 80 / length, document_tokens=length)
     strategy: Strategy = Static(size=4) if architecture == "lst" else NoPatching()
     batch = pack_documents([written, spoken, written], VOCABULARY, strategy, config.plan())

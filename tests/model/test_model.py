@@ -110,7 +110,7 @@ def test_no_token_moves_an_earlier_or_a_foreign_logit(
     anew. All changed streams lie in one batch, so a leak between documents would show too."""
     model = model_of(config_of(architecture, text_path, slots, decoder_window))
     # Without targets: where text belongs to the global transformer, a piece after a unit has none.
-    docs = [replace(d, score_from=len(d.tokens), score_eos=False) for d in documents()]
+    docs = [d._replace(score_from=len(d.tokens), score_eos=False) for d in documents()]
     strategy = STRATEGIES[name]
     before = logits(model, docs, strategy)
     kinds = [SPEECH, TEXT, EOS, VOCABULARY.first_piece + 1, VOCABULARY.first_unit + 1]
@@ -125,7 +125,7 @@ def test_no_token_moves_an_earlier_or_a_foreign_logit(
     for d, t, new in changes:
         tokens = docs[d].tokens.copy()
         tokens[t] = new
-        streams += [*docs[:d], replace(docs[d], tokens=tokens), *docs[d + 1 :]]
+        streams += [*docs[:d], docs[d]._replace(tokens=tokens), *docs[d + 1 :]]
     after = logits(model, streams, strategy).view(len(changes), *before.shape)
     moved = (after.exp() - before.exp()).abs().amax(-1) > 1e-12  # exp: some are −inf
     starts = np.cumsum([0] + [len(document.tokens) for document in docs])
@@ -152,7 +152,7 @@ def test_what_is_older_than_the_local_window_arrives_through_the_patches(decoder
     docs = [make_document(rng, [2, 30], "long")]  # 34 tokens; the local window is 7
     tokens = docs[0].tokens.copy()
     tokens[2] = VOCABULARY.first_piece + (tokens[2] - VOCABULARY.first_piece + 1) % 40
-    changed = [replace(docs[0], tokens=tokens)]
+    changed = [docs[0]._replace(tokens=tokens)]
     model = model_of(small_config(decoder_window=decoder_window))
     difference = logits(model, docs, Static(size=3)) - logits(model, changed, Static(size=3))
     assert difference[-1].abs().max() > 1e-9
@@ -404,7 +404,7 @@ def test_text_alone_is_read_by_the_global_transformer_alone():
     """As in any language model of text: nothing else has a weight in it."""
     model = model_of(small_config(text_path="global"))
     tokens = np.array([BOS, *VOCABULARY.piece_to_id(np.arange(9)), EOS], np.int32)
-    text = replace(make_document(np.random.default_rng(0), [1], "a"), tokens=tokens)
+    text = make_document(np.random.default_rng(0), [1], "a")._replace(tokens=tokens)
     before = logits(model, [text], Static(size=3))
     with torch.no_grad():
         for name in ("encoder", "decoder", "speech_embedding", "speech_norm", "speech_head"):
