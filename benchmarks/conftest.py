@@ -2,13 +2,16 @@
 
 ``--results DIR`` also writes each file's rows to ``DIR/<question>-<device>-<date>.json``, with
 machine, versions, commit and, where shares of them are told, the machine's limits:
-``python -m benchmarks.report`` makes docs/performance.md of them. ``--compare BASE`` runs the
+``python -m benchmarks.report`` makes docs/performance.md of them. A benchmark that fails for
+another reason than a ratio that is too low has no rows, and is named in the file; of a run that is
+broken off, those files are written whose benchmarks have all run. ``--compare BASE`` runs the
 benchmarks of this tree and of another revision side by side (`benchmarks.compare`).
 """
 
 import json
 import statistics
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -20,6 +23,7 @@ import torch
 from benchmarks.compare import compare, without_option
 from benchmarks.limits import Limits, measure_limits
 from lst.errors import UserError
+from lst.files import make_folder, write_atomically, writing
 from lst.machine import describe_machine, file_stem
 
 HEADER = ("case", "ours", "peer", "peer's", "ratio", "at least", "")
@@ -45,6 +49,10 @@ class Row:
     def passed(self) -> bool:
         return self.floor is None or self.ratio >= self.floor
 
+    @property
+    def device(self) -> str:
+        return "cuda" if "device" in self.facts else "cpu"
+
     def cells(self) -> tuple[str, ...]:
         floor = "" if self.floor is None else f"{self.floor:g}"
         verdict = self.note if self.passed else f"TOO LOW  {self.note}"
@@ -69,19 +77,72 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
         raise pytest.UsageError(str(error)) from None
 
 
-_rows = pytest.StashKey[list[Row]]()
+@dataclass
+class Found:
+    """What the run has come to so far."""
+
+    rows: list[Row] = field(default_factory=list)
+    waiting: list[pytest.Item] = field(default_factory=list)  # have not run
+    failed: dict[str, dict[str, str]] = field(default_factory=dict)  # question → benchmark → why
+    written: list[str] = field(default_factory=list)  # lines on the files
+
+
+_found = pytest.StashKey[Found]()
+_rows = pytest.StashKey[list[Row]]()  # of one benchmark
 _limits = pytest.StashKey[dict[str, Limits]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """That results can be written is known before anything is measured."""
+    config.stash[_found] = Found()
+    folder = config.getoption("--results")
+    if folder is None or config.getoption("--compare") is not None:
+        return
+    try:
+        make_folder(folder)
+        with writing(folder), tempfile.TemporaryFile(dir=folder):
+            pass
+    except UserError as error:
+        raise pytest.UsageError(f"--results: {error}") from None
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    benchmarks = [
+        item for item in session.items if "benchmark" in getattr(item, "fixturenames", ())
+    ]
+    session.config.stash[_found].waiting = benchmarks
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Rows count when their benchmark has ended, and well: what is wrong has no figure. Only of one
+    that is too low, which the row itself says, they count all the same."""
+    report = yield
+    found, rows = item.config.stash[_found], item.stash.get(_rows, [])
+    if report.failed and (report.when != "call" or all(row.passed for row in rows)):
+        why = str(call.excinfo.value if call.excinfo else "").strip() or "without a reason"
+        found.failed.setdefault(_question(item), {})[item.name] = why.splitlines()[0]
+    elif report.when == "call":
+        found.rows += rows
+    if report.when == "teardown" and item in found.waiting:
+        found.waiting.remove(item)
+    return report
+
+
+def _question(item: pytest.Item) -> str:
+    """What the file of a benchmark asks: ``kernels`` in test_kernels_cpu.py."""
+    return item.path.stem.removeprefix("test_").removesuffix("_cpu")
 
 
 @pytest.fixture
 def add_row(request: pytest.FixtureRequest) -> AddRow:
     """Rows added by it are printed when the run ends."""
-    rows = request.config.stash.setdefault(_rows, [])
-    question = request.module.__name__.rsplit(".", 1)[-1]
-    question = question.removeprefix("test_").removesuffix("_cpu")
+    rows = request.node.stash.setdefault(_rows, [])
 
     def add(**values: Any) -> Row:
-        row = Row(question=question, **values)
+        row = Row(question=_question(request.node), **values)
         rows.append(row)
         return row
 
@@ -238,6 +299,7 @@ def race(benchmark, add_row: AddRow, take_turns, limits_of) -> Callable[..., dic
         flops: float | None = None,
         nbytes: float | None = None,
         facts: Mapping[str, Any] | None = None,
+        check: Callable[[], None] | None = None,
     ) -> dict[str, float]:
         """The least seconds of "ours" and of every peer; nothing where nothing is timed.
 
@@ -249,10 +311,13 @@ def race(benchmark, add_row: AddRow, take_turns, limits_of) -> Callable[..., dic
             flops, nbytes: what ours computes, and reads and writes at least, for its share of the
                 machine's limits.
             facts: more numbers for the report.
+            check: raises where a result of what was timed is wrong; then there is no row.
         """
         known: dict[str, Any] = dict(facts or {})
         limits = limits_of("cpu") if flops or nbytes else None
         times = take_turns({"ours": ours, **peers}, rounds, slow_rounds)
+        if check is not None:
+            check()
         if not times["ours"]:
             return {}
         least = {name: min(taken) for name, taken in times.items()}
@@ -288,35 +353,57 @@ def race(benchmark, add_row: AddRow, take_turns, limits_of) -> Callable[..., dic
     return run
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A file of every question, and device, that has rows and whose benchmarks have all run."""
+    config, found = session.config, session.config.stash[_found]
+    folder = config.getoption("--results")
+    if folder is None:
+        return
+    for question, device in dict.fromkeys((row.question, row.device) for row in found.rows):
+        if waiting := [item.name for item in found.waiting if _question(item) == question]:
+            found.written.append(f"not written: {question}, for {', '.join(waiting)} did not run")
+            continue
+        about = _about(device)
+        own = [row for row in found.rows if (row.question, row.device) == (question, device)]
+        result: dict[str, Any] = {
+            "machine": about,
+            "question": question,
+            "rows": [asdict(row) | {"passed": row.passed} for row in own],
+        }
+        if question in found.failed:
+            result["failed"] = found.failed[question]
+        if device in config.stash.get(_limits, {}):
+            result["limits"] = asdict(config.stash[_limits][device])
+        path = folder / f"{question}-{file_stem(about)}.json"
+        try:
+            write_atomically(path, json.dumps(result, indent=2) + "\n")
+            found.written.append(f"written to {path}")
+        except UserError as error:
+            found.written.append(f"not written: {error}")
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    rows = config.stash.get(_rows, [])
-    if not rows:
-        return
-    lines = [HEADER, *(row.cells() for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    on_gpu = any("device" in row.facts for row in rows)
-    about = describe_machine(torch.device("cuda") if on_gpu else None)
-    terminalreporter.section("ratios")
-    terminalreporter.write_line(_machine(about))
-    for line in lines:
-        cells = [
-            cell.rjust(width) if number in (1, 3, 4, 5) else cell.ljust(width)
-            for number, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        terminalreporter.write_line("  ".join(cells).rstrip())
-    if folder := config.getoption("--results"):
-        folder.mkdir(parents=True, exist_ok=True)
-        limits = config.stash.get(_limits, {}).get("cuda" if on_gpu else "cpu")
-        for question in dict.fromkeys(row.question for row in rows):
-            own = [asdict(row) | {"passed": row.passed} for row in rows if row.question == question]
-            result: dict[str, Any] = {"machine": about, "question": question, "rows": own}
-            if limits is not None:
-                result["limits"] = asdict(limits)
-            path = folder / f"{question}-{file_stem(about)}.json"
-            path.write_text(json.dumps(result, indent=2) + "\n")
-            terminalreporter.write_line(f"written to {path}")
+    found = config.stash[_found]
+    for device in dict.fromkeys(row.device for row in found.rows):
+        cells = [row.cells() for row in found.rows if row.device == device]
+        widths = [max(map(len, column)) for column in zip(HEADER, *cells, strict=True)]
+        terminalreporter.section("ratios")
+        terminalreporter.write_line(_machine(_about(device)))
+        for line in (HEADER, *cells):
+            aligned = [
+                cell.rjust(width) if number in (1, 3, 4, 5) else cell.ljust(width)
+                for number, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ]
+            terminalreporter.write_line("  ".join(aligned).rstrip())
+    for line in found.written:
+        terminalreporter.write_line(line)
+
+
+def _about(device: str) -> dict[str, Any]:
+    return describe_machine(torch.device("cuda") if device == "cuda" else None)
 
 
 def _seconds(call: Callable[[], object]) -> float:

@@ -22,6 +22,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -122,6 +123,7 @@ class Passes:
         }
 
 
+@cache
 def assert_right(arm: Arm, size: Size) -> None:
     """Losses and the gradient of all weights, on few documents, against float64."""
     device = device_of(size)
@@ -208,6 +210,8 @@ def compare(
 
 
 def passes_over(size: Size, content: Sequence[Document], arms: Sequence[Arm]) -> dict[str, Passes]:
+    for arm in arms:
+        assert_right(arm, size)
     return {arm.name: Passes(arm, size, make_batch(arm, size, content)) for arm in arms}
 
 
@@ -247,6 +251,7 @@ def test_training_at_the_same_units(add_row, take_turns, size: Size):
     """The paper's mix, as many units as the baseline has tokens; costs are per token."""
     content, passes = "the paper's mix", {}
     for arm in arms_for(content):
+        assert_right(arm, size)
         rows = fill(CONTENT[content], size.shape, arm.strategy, [size.num_tokens // 2], seed=0)
         vocabulary, plan = size.shape.vocabulary, arm.config(size).plan()
         passes[arm.name] = Passes(arm, size, plan_batch(concatenate(rows), vocabulary, plan))
