@@ -47,9 +47,10 @@ class Result:
         about = self.machine
         threads = f", {about['threads']} threads" if "threads" in about else ""
         load = f", load {about['load']:.1f}" if "load" in about else ""
+        versions = {"torch": about["torch"], "Python": about["python"], **about["libraries"]}
+        named = ", ".join(f"{name} {version}" for name, version in versions.items())
         return (
-            f"{about['device']}{threads}{load}, torch {about['torch']}, "
-            f"Python {about['python']}, commit {about['commit']}, {about['date']}"
+            f"{about['device']}{threads}{load}, {named}, commit {about['commit']}, {about['date']}"
         )
 
     def facts(self, *names: str) -> list[Row]:
@@ -72,7 +73,8 @@ def read_results(folder: Path) -> list[Result]:
         try:
             content = json.loads(path.read_text())
             about = content["machine"]
-            key = [about[name] for name in ("device", "torch", "python", "commit", "date")]
+            wanted = ("device", "torch", "python", "libraries", "commit", "date")
+            key = [about[name] for name in wanted]
         except (ValueError, KeyError, TypeError) as error:
             got = f"{type(error).__name__}: {error}"
             raise UserError(f"{path}: expected a result file of benchmarks/, got {got}") from None
@@ -130,6 +132,8 @@ def render(results: Sequence[Result], out: Path, pictures: Sequence[Path]) -> st
         for result in own:
             link = Path(os.path.relpath(result.path, out.parent)).as_posix()
             blocks.append(f"*{result.source()}* ([file]({link}))\n")
+            for name, why in result.content.get("failed", {}).items():
+                blocks.append(f"**`{name}` failed, and has no figures:** {why}\n")
             blocks.extend(f"{block}\n" for block in body(result))
             for picture in pictures:
                 kind = picture.stem.removesuffix(f"-{device_stem(result.machine)}")
@@ -168,11 +172,17 @@ def generic_section(result: Result) -> Iterator[str]:
 
 def _limits(result: Result) -> str:
     limits = result.content["limits"]
+    dtype = "bfloat16" if "cuda" in result.machine else "float32"
     return (
         f"Limits measured in the same run: {limits['bytes_per_second'] / 1e9:.1f} GB/s in a large "
-        f"copy (read + written), {limits['flops_per_second'] / 1e9:.0f} GFLOP/s in a float32 "
+        f"copy (read + written), {limits['flops_per_second'] / 1e9:.0f} GFLOP/s in a {dtype} "
         "matrix product. What is still in the caches can be faster than a large copy."
     )
+
+
+def data_section(result: Result) -> Iterator[str]:
+    yield "Times and rates are medians of the rounds, beside the slowest and the fastest round."
+    yield from generic_section(result)
 
 
 def model_section(result: Result) -> Iterator[str]:
@@ -310,6 +320,30 @@ def gpu_section(result: Result) -> Iterator[str]:
     yield markdown(("target", "case", "bound", "got", ""), lines, left=2)
     wrong = [each for each in result.content["checks"] if each["outcome"] != "passed"]
     yield f"{len(result.content['checks']) - len(wrong)} checks passed, {len(wrong)} did not."
+    yield "Medians of the device's time; shares are of the bandwidth of the copy:"
+    yield markdown(
+        ("case", "what", "by", "ms", "rate"),
+        (
+            (
+                each.get("case", ""), each.get("what", ""), each["name"],
+                f"{each['milliseconds']['median']:.3f}", _rate(each),
+            )
+            for each in result.content["figures"]
+            if "milliseconds" in each
+        ),
+        left=3,
+    )  # fmt: skip
+    for each in result.content["not_measured"]:
+        yield f"Not measured: {each['what']}: {each['reason']}"
+
+
+def _rate(figure: dict[str, Any]) -> str:
+    """By what a figure's op is bound."""
+    if "gigabytes_per_second" in figure:
+        return f"{figure['gigabytes_per_second']:,.0f} GB/s"
+    if "share_of_copy" in figure:
+        return f"{figure['share_of_copy']:.0%}"
+    return f"{figure['tflops']:,.0f} TFLOP/s" if "tflops" in figure else ""
 
 
 def vocoder_section(result: Result) -> Iterator[str]:
@@ -389,7 +423,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], Iterator[str]]]] = {
     "gpu": ("Kernels on a GPU", gpu_section),
     "train-steps": ("Training steps on a GPU", steps_section),
     "blt": ("BLT in transformers, with our kernels and without", generic_section),
-    "data": ("Reading: records to batches", generic_section),
+    "data": ("Reading: records to batches", data_section),
     "speech": ("Forced alignment", generic_section),
     "vocoder": ("Sound from units", vocoder_section),
     "startup": ("Starting up", generic_section),

@@ -15,7 +15,10 @@ from lst.errors import UserError
 
 __all__ = ["describe_machine", "device_stem", "file_stem", "find_device"]
 
-PEERS = ("triton", "numpy", "flash-attn", "flash-attn-3", "flash-attn-4", "xformers")
+PEERS = (
+    "triton", "numpy", "transformers", "torchaudio",
+    "flash-attn", "flash-attn-3", "flash-attn-4", "xformers",
+)  # fmt: skip
 
 
 def find_device(name: torch.device | str) -> torch.device:

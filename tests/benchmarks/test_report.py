@@ -16,7 +16,7 @@ MACHINE = {
     "device": "Toy(R) Processor",
     "python": "3.11.7",
     "torch": "2.13.0",
-    "libraries": {},
+    "libraries": {"numpy": "2.4.6"},
     "commit": "abc1234",
     "date": "2026-01-02",
     "threads": 2,
@@ -122,8 +122,8 @@ def test_every_plot_is_drawn_shown_and_of_its_data(folder, tmp_path):
 def test_every_section_names_machine_versions_and_commit(folder, tmp_path):
     text, _ = page(folder, tmp_path / "performance.md")
     source = (
-        "Toy(R) Processor, 2 threads, load 0.2, torch 2.13.0, Python 3.11.7, commit abc1234, "
-        "2026-01-02"
+        "Toy(R) Processor, 2 threads, load 0.2, torch 2.13.0, Python 3.11.7, numpy 2.4.6, "
+        "commit abc1234, 2026-01-02"
     )
     assert text.count(source) == text.count("\n## ") == len(FILES)
 
@@ -162,6 +162,64 @@ def test_costs_of_models_and_their_ceilings(folder, tmp_path):
 def test_what_is_too_low_says_so(folder, tmp_path):
     text, _ = page(folder, tmp_path / "performance.md")
     assert "| pool: forward | other | 1.00 ms | 2.00 ms | 0.50 | 1 | **too low** |" in text
+
+
+def test_what_failed_is_named_in_its_section(folder, tmp_path):
+    write(folder / "kernels-toy-2026-01-02.json", question="kernels", rows=FILES["kernels"],
+          failed={"test_scanning": "the scan gives something else"})  # fmt: skip
+    text, _ = page(folder, tmp_path / "performance.md")
+    section = text.partition("## Kernels on the CPU")[2].partition("\n## ")[0]
+    assert (
+        "**`test_scanning` failed, and has no figures:** the scan gives something else" in section
+    )
+    assert text.count("failed, and has no figures") == 1
+
+
+def test_limits_are_in_the_precision_of_the_device(folder):
+    gpu = {"device": "NVIDIA Toy", "cuda": "13.0", "capability": "9.0"}
+    about = {key: value for key, value in MACHINE.items() if key not in ("threads", "load")} | gpu
+    write(folder / "gap-zz-nvidia-toy-2026-01-02.json", about, question="gap", rows=FILES["gap"])
+    toy, nvidia = (each for each in report.read_results(folder) if each.question == "gap")
+    assert "GFLOP/s in a bfloat16 matrix product" in next(report.gap_section(nvidia))
+    assert "GFLOP/s in a float32 matrix product" in next(report.gap_section(toy))
+
+
+def test_medians_are_called_so(folder, tmp_path):
+    write(folder / "data-toy-2026-01-02.json", question="data", rows=[row("data", "text")])
+    text, _ = page(folder, tmp_path / "performance.md")
+    assert "Times and rates are medians of the rounds" in text.partition("## Reading")[2]
+
+
+def test_kernels_on_a_gpu_are_all_told(tmp_path):
+    """What `benchmarks.gpu` writes: limits, shares of them, rates, what was not measured."""
+    timer = {"low": 1.0, "high": 2.0, "rounds": 9}
+    encoder = {"case": "encoder, static 4", "what": "forward", "name": "lst_kernels"}
+    content = {
+        "targets": [
+            {"target": "share of copy", "case": case, "got": got, "at_least": 0.75, "met": met}
+            for case, got, met in (("encoder", 0.6, False), ("pooling", 0.9, True))
+        ],
+        "checks": [{"op": "encoder", "case": "any", "outcome": "passed"}],
+        "figures": [
+            {"name": "copy of 1 GiB", "gigabytes_per_second": 4321.0,
+             "milliseconds": timer | {"median": 0.5}},
+            encoder | {"share_of_copy": 0.625, "milliseconds": timer | {"median": 1.25}},
+            encoder | {"name": "flex", "tflops": 512.3, "milliseconds": timer | {"median": 7.0}},
+            {"name": "layout, made on the CPU", "seconds": 0.25},
+        ],
+        "not_measured": [{"what": "varlen_attn", "reason": "no such kernel"}],
+    }  # fmt: skip
+    write(tmp_path / "nvidia-toy-2026-01-02.json", **content)
+    text = report.render(report.read_results(tmp_path), tmp_path / "performance.md", [])
+    for line in (
+        "| share of copy | encoder | ≥ 0.75 | 0.6 | **not met** |",
+        "1 checks passed, 0 did not.",
+        "|  |  | copy of 1 GiB | 0.500 | 4,321 GB/s |",
+        "| encoder, static 4 | forward | lst_kernels | 1.250 | 62% |",
+        "| encoder, static 4 | forward | flex | 7.000 | 512 TFLOP/s |",
+        "Not measured: varlen_attn: no such kernel",
+    ):
+        assert line in text
 
 
 def test_of_two_files_the_newer_counts(folder, tmp_path):
