@@ -570,6 +570,7 @@ def _read_info(
         shards = tuple(ShardInfo(**shard) for shard in facts["shards"])
         names = [name for name in DatasetInfo.__dataclass_fields__ if name != "shards"]
         info = DatasetInfo(**{name: facts[name] for name in names}, shards=shards)
+        _check_counts(info)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: expected a dataset's description, got {error!r}") from None
     if info.num_records == 0 or sum(shard.rows for shard in shards) != info.num_records:
@@ -586,6 +587,15 @@ def _read_info(
         for shard in shards:
             _check_size(f"{folder / shard.name}", shard, sizes.get(shard.name))
     return info, f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
+def _check_counts(info: DatasetInfo) -> None:
+    """Raise ValueError where something that is counted is no count."""
+    counts = [info.num_records, info.num_frames, info.num_characters, info.num_units]
+    counts += [count for shard in info.shards for count in (shard.rows, shard.bytes)]
+    for count in counts:
+        if not isinstance(count, int) or count < 0:
+            raise ValueError(f"{count!r} is no count")
 
 
 def _check_size(where: str, shard: ShardInfo, size: int | None) -> None:

@@ -251,6 +251,17 @@ def test_counts_that_disagree_are_refused(tmp_path):
         Dataset.open(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["num_records", "num_frames", "num_units", "rows", "bytes"])
+@pytest.mark.parametrize("value", [None, "5", 1.0, -1])
+def test_what_is_no_count_is_refused(tmp_path, name, value):
+    write(tmp_path, [record()])
+    facts = json.loads((tmp_path / "dataset.json").read_text())
+    (facts if name in facts else facts["shards"][0])[name] = value
+    (tmp_path / "dataset.json").write_text(json.dumps(facts))
+    with pytest.raises(UserError, match=rf"dataset\.json: expected a .*{value!r} is no count"):
+        Dataset.open(tmp_path)
+
+
 def test_items_are_read_back(tmp_path):
     endings = (record("e0", speaker="f1"), record("e1", "text", None, None))
     item = StoryItem("i0", "storycloze", record("p"), endings, 1)
