@@ -49,7 +49,8 @@ class SpeechBPE:
         from sentencepiece import SentencePieceProcessor
 
         self._model = model
-        self._processor = SentencePieceProcessor(model_proto=model)
+        self._processor = SentencePieceProcessor()
+        self._processor.LoadFromSerializedProto(model)  # of no bytes model_proto= makes none
         self.fingerprint = f"sha256:{hashlib.sha256(model).hexdigest()}"
         unknown = self._processor.unk_id()
         pieces = [

@@ -212,7 +212,8 @@ class SentencePieceTokenizer(Tokenizer):
         from sentencepiece import SentencePieceProcessor
 
         super().__init__(content)
-        self._processor = SentencePieceProcessor(model_proto=content)
+        self._processor = SentencePieceProcessor()
+        self._processor.LoadFromSerializedProto(content)  # of no bytes model_proto= makes none
         self._piece_lengths: np.ndarray | None = None
 
     @property

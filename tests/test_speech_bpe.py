@@ -116,7 +116,8 @@ def test_mistakes_are_one_line(bpe, tmp_path):
         SpeechBPE.load(tmp_path / "none.model")
     train_tokenizer(["some text"] * 5, tmp_path / "text.model", num_pieces=270)
     (tmp_path / "other.model").write_bytes(b"no model")
-    for name in ("text", "other"):
+    (tmp_path / "empty.model").write_bytes(b"")
+    for name in ("text", "other", "empty"):
         with pytest.raises(UserError, match=rf"{name}\.model: expected a .* model over speech"):
             SpeechBPE.load(tmp_path / f"{name}.model")
     sequences = speech(np.random.default_rng(0), count=2)

@@ -88,6 +88,9 @@ def test_a_model_that_is_none_is_named_and_leaves_nothing(tmp_path, text):
         prepare(tmp_path / "out", model=text)
     with pytest.raises(UserError, match=r"none\.model: expected a tokenizer, got no file"):
         prepare(tmp_path / "out", model=tmp_path / "none.model")
+    (tmp_path / "empty.model").write_bytes(b"")
+    with pytest.raises(UserError, match=r"empty\.model: expected a SentencePiece model"):
+        prepare(tmp_path / "out", model=tmp_path / "empty.model")
     assert list((tmp_path / "out").iterdir()) == []
 
 
