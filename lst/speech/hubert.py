@@ -216,12 +216,10 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    import zipfile
-
     try:
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
-    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+    except Exception as error:  # NumPy's own, and those of zip files and what packs them
         raise UserError(f"{path}: no npz file could be read here ({error})") from None
 
 

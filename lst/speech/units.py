@@ -254,7 +254,7 @@ class LogMelKMeans:
             with safe_open(path, framework="numpy") as file:
                 about = json.loads((file.metadata() or {}).get("codebook", "{}"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, ValueError) as error:
             raise UserError(f"{path}: no codebook could be read here ({error})") from None
         if about.get("format") != _FORMAT or set(tensors) != {"centroids", "log_mels"}:
             raise UserError(

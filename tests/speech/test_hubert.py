@@ -328,6 +328,20 @@ def test_a_damaged_file_is_named(tmp_path: Path, kind: str) -> None:
         read_centroids(tmp_path / f"damaged.{kind}", allow_pickle=True)
 
 
+def test_a_packed_file_damaged_anywhere_is_named_or_read_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "packed.npz"
+    centroids = np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)
+    np.savez_compressed(path, centroids=centroids)
+    content = path.read_bytes()
+    for place in range(len(content)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :])
+        try:
+            got = read_centroids(path)
+        except UserError:
+            continue
+        np.testing.assert_array_equal(got, centroids)
+
+
 def test_an_absent_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"absent\.npz: expected a k-means file, got none"):
         read_centroids(tmp_path / "absent.npz")

@@ -216,6 +216,9 @@ def test_damaged_codebook_is_refused(tmp_path: Path, codebook: LogMelKMeans) -> 
     path.write_bytes(content[:-100])
     with pytest.raises(UserError, match="no codebook could be read here"):
         LogMelKMeans.load(path)
+    path.write_bytes(content.replace(rb"\"sha256\":", rb"\"sha256\" "))
+    with pytest.raises(UserError, match="no codebook could be read here"):
+        LogMelKMeans.load(path)
     with pytest.raises(UserError, match="expected the file of a codebook, got a folder"):
         LogMelKMeans.load(tmp_path)
     with pytest.raises(UserError, match=r"absent\.safetensors: no codebook could be read here"):
