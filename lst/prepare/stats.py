@@ -119,7 +119,7 @@ def describe_dataset(config: StatsConfig) -> str:
 
 
 def _patch_table(config: StatsConfig, dataset: Dataset, rows: range) -> str:
-    corpus = Location(config.dataset.resolve().parents[1])  # corpus/train/NAME
+    corpus = Location(config.dataset.resolve().parent.parent)  # of corpus/train/NAME
     tokenizer = speech_bpe = None
     if config.tokenizer is not None:
         tokenizer = Tokenizer.load(config.tokenizer)

@@ -103,6 +103,12 @@ def test_without_a_tokenizer_no_pieces_are_aligned(write, tmp_path):
     assert "aligned by pieces" in named
 
 
+def test_a_dataset_at_the_root_of_the_files_has_no_corpus_above_it(write, monkeypatch):
+    config = StatsConfig(dataset=write(spoken("r")))
+    monkeypatch.setattr(Path, "resolve", lambda path: Path("/speech"))
+    assert "No pieces were aligned: / holds no tokenizer" in describe_dataset(config)
+
+
 def test_a_dataset_of_text_has_no_patches_to_tell_of(write):
     text = describe_dataset(StatsConfig(dataset=write(written("t"))))
     assert text.count("\n") == 0
