@@ -257,12 +257,16 @@ def plan_corpus(config: CorpusConfig) -> Plan:
     inputs = _with_unique_ids(list_inputs(config))
     num_inputs = num_shards = 0
     while lines := [to_json(each) for each in islice(inputs, _shard_inputs(config))]:
+        if (config.out / PLAN).is_file():  # of a rank that was faster, and may have made it all
+            return plan_corpus(config)
         write_atomically(_inputs_path(_work(config), num_shards), "\n".join(lines) + "\n")
         num_inputs += len(lines)
         num_shards += 1
     if not num_inputs:
         names = ", ".join(settings[source_kind(config)])
         raise UserError(f"{names}: expected something to prepare, got nothing")
+    if (config.out / PLAN).is_file():
+        return plan_corpus(config)
     plan = Plan(settings, num_inputs, num_shards)
     write_json(config.out / PLAN, {"format": FORMAT, **asdict(plan)})
     return plan
@@ -367,7 +371,8 @@ class _Maker:
             return outcome
         try:
             validate_record(outcome, self.num_units, where)
-            for text in (outcome.id, outcome.text or "", outcome.speaker or ""):
+            words = [word.word for word in outcome.words or ()]
+            for text in (outcome.id, outcome.text or "", outcome.speaker or "", *words):
                 text.encode()  # half a surrogate pair, which JSON can hold and Parquet cannot
         except (UserError, UnicodeEncodeError) as error:
             return Skipped(where, f"record {outcome.id!r}: {error}")

@@ -142,6 +142,25 @@ def test_any_number_of_ranks_makes_the_same_dataset(config, made, order, last):
     assert content_of(config.out) == made
 
 
+def test_a_rank_that_lists_slowly_leaves_what_the_others_have_made(config, made, monkeypatch):
+    """Three shards for four ranks: the fourth is still listing when the dataset is there."""
+    original = corpus.list_inputs
+
+    def slowly(sources):
+        inputs = list(original(sources))
+        yield inputs[0]
+        monkeypatch.setattr(corpus, "list_inputs", original)
+        for rank in range(3):
+            prepare_corpus(replace(config, rank=rank, world_size=4))
+        yield from inputs[1:]
+
+    monkeypatch.setattr(corpus, "list_inputs", slowly)
+    assert prepare_corpus(replace(config, rank=3, world_size=4)).dataset
+    assert content_of(config.out) == made
+    assert not (config.out / "work").exists()
+    assert "6 records" in describe_corpus(config.out)
+
+
 def test_no_two_processes_are_at_one_shard(config):
     plan_corpus(config)
     journal = config.out / "work" / "journal-00000.jsonl"
