@@ -33,7 +33,7 @@ def authors_records(part: Part, source: str) -> Outcomes:
             yield line
             continue
         try:
-            yield parse_line(line.content.decode(), source)
+            yield parse_line(line.content.decode("utf-8-sig"), source)
         except (ValueError, RecursionError) as error:
             yield Skipped(where_of(part, line), json_reason(error))
 

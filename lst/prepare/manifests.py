@@ -7,15 +7,14 @@ the *recording* (lhotse's own convention); those of an input from the start of t
 import json
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lst.errors import UserError
-from lst.prepare.sources import Utterance, json_reason
+from lst.prepare.sources import Utterance, json_reason, spoken_words, whole, written
 
 __all__ = ["list_cuts", "list_recordings", "list_supervisions"]
-
-PAUSES = ("", "<eps>", "<sil>", "[SIL]")  # what aligners write for a silence between words
 
 
 def list_cuts(paths: Iterable[Path]) -> Iterator[Utterance]:
@@ -32,11 +31,10 @@ def list_cuts(paths: Iterable[Path]) -> Iterator[Utterance]:
 def list_recordings(paths: Iterable[Path]) -> Iterator[Utterance]:
     """Every recording as a whole, with no transcript."""
     for where, recording in _items(paths, ("Recording",)):
-        yield Utterance(
-            id=recording.id,
-            where=f"{where}, recording {recording.id!r}",
-            audio=recording.to_dict(),
-        )
+        where = f"{where}, recording {recording.id!r}"
+        with _understanding(where):
+            utterance = Utterance(id=written(recording.id), where=where, audio=_audio(recording))
+        yield utterance
 
 
 def list_supervisions(
@@ -108,21 +106,40 @@ def _utterance(
     channel: int | list[int],
     segments: list[Any],
 ) -> Utterance:
-    segments = sorted(segments, key=lambda segment: segment.start)
-    speakers = {segment.speaker for segment in segments}
-    texts = [segment.text for segment in segments if segment.text]
-    return Utterance(
-        id=identity,
-        where=where,
-        audio=recording.to_dict(),
-        start=start,
-        duration=duration,
-        channels=[channel] if isinstance(channel, int) else list(channel),
-        text=" ".join(texts) if texts else None,
-        words=_words(segments, start),
-        chars=_chars(segments, start),
-        speaker=speakers.pop() if len(speakers) == 1 else None,
-    )
+    channels = channel if isinstance(channel, list) else [channel]
+    with _understanding(where):
+        segments = sorted(segments, key=lambda segment: segment.start)
+        speakers = {segment.speaker for segment in segments}
+        speaker = speakers.pop() if len(speakers) == 1 else None
+        texts = [written(segment.text) for segment in segments if segment.text]
+        return Utterance(
+            id=written(identity),
+            where=where,
+            audio=_audio(recording),
+            start=float(start),
+            duration=float(duration),
+            channels=[whole(each) for each in channels],
+            text=" ".join(texts) if texts else None,
+            words=_words(segments, start),
+            chars=_chars(segments, start),
+            speaker=None if speaker is None else written(speaker),
+        )
+
+
+@contextmanager
+def _understanding(where: str) -> Iterator[None]:
+    """What lhotse reads may be of any type, as in JSON: raise UserError where it is of another."""
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise UserError(f"{where}: not as lhotse writes it ({_reason(error)})") from None
+
+
+def _audio(recording: Any) -> dict[str, Any]:
+    for count in (recording.sampling_rate, recording.num_samples):
+        if not isinstance(count, int):
+            raise TypeError(f"{count!r} is no whole number")
+    return recording.to_dict()
 
 
 def _words(segments: list[Any], start: float) -> list[tuple[str, float, float]] | None:
@@ -131,10 +148,10 @@ def _words(segments: list[Any], start: float) -> list[tuple[str, float, float]] 
     for segment in segments:
         items = (segment.alignment or {}).get("word")
         if items:
-            words += [(item.symbol, item.start - start, item.end - start) for item in items]
+            words += [(written(item.symbol), *_times(item, start)) for item in items]
         elif segment.text:
             return None
-    return [word for word in words if word[0].strip() not in PAUSES] or None
+    return spoken_words(words)
 
 
 def _chars(segments: list[Any], start: float) -> list[tuple[float, float]] | None:
@@ -144,4 +161,8 @@ def _chars(segments: list[Any], start: float) -> list[tuple[float, float]] | Non
     items = (segments[0].alignment or {}).get("char") or []
     if not items or "".join(item.symbol for item in items) != segments[0].text:
         return None
-    return [(item.start - start, item.end - start) for item in items]
+    return [_times(item, start) for item in items]
+
+
+def _times(item: Any, start: float) -> tuple[float, float]:
+    return float(item.start - start), float(item.end - start)

@@ -11,6 +11,7 @@ error here, before any work is done.
 import csv
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lst.errors import UserError
@@ -35,6 +37,7 @@ __all__ = [
 
 PART_BYTES = 32 << 20  # of a text file that is prepared at once
 TEXT_SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
+PAUSES = ("", "<eps>", "<sil>", "[SIL]")  # what aligners write for a silence between words
 MANIFEST_COLUMNS = (
     "audio", "id", "text", "speaker", "start", "duration", "channel", "words"
 )  # fmt: skip
@@ -164,6 +167,29 @@ def to_json(each: Input) -> str:
     return json.dumps(asdict(each))
 
 
+def written(value: Any) -> str:
+    """A text of a manifest, or a number as it is written. Raises ValueError for anything else: a
+    NaN is what is missing from a table."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (isinstance(value, str) or (is_number and math.isfinite(value))):
+        raise ValueError(f"{value!r} is no text")
+    return str(value)
+
+
+def whole(value: Any) -> int:
+    """A whole number of a manifest, whatever it is written as. Raises ValueError or TypeError."""
+    if not float(value).is_integer():
+        raise ValueError(f"{value!r} is no whole number")
+    return int(float(value))
+
+
+def spoken_words(
+    words: Iterable[tuple[str, float, float]],
+) -> list[tuple[str, float, float]] | None:
+    """Without the silences among them; None where nothing is left."""
+    return [word for word in words if word[0].strip() not in PAUSES] or None
+
+
 def _digest(path: Path, by_content: bool) -> str:
     try:
         if path.is_file() and by_content:
@@ -171,7 +197,8 @@ def _digest(path: Path, by_content: bool) -> str:
                 return f"sha256:{hashlib.file_digest(opened, 'sha256').hexdigest()}"
         digest = hashlib.sha256()
         for name, file in _files(path):
-            digest.update(os.fsencode(f"{name}\0{file.stat().st_size}\n"))
+            size = None if _leads_nowhere(file) else file.stat().st_size
+            digest.update(os.fsencode(f"{name}\0{size}\n"))
         return f"names and sizes sha256:{digest.hexdigest()}"
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
@@ -190,9 +217,17 @@ def _files(path: Path) -> Iterator[tuple[str, Path]]:
 
     for folder, folders, names in os.walk(path, onerror=fail, followlinks=True):
         folders.sort()
+        for each in (Path(folder) / name for name in folders):
+            if each.is_symlink() and Path(folder).resolve().is_relative_to(each.resolve()):
+                raise UserError(f"{each}: is a link to a folder that it is in, so has no end")
         for name in sorted(names):
             file = Path(folder) / name
             yield file.relative_to(path).as_posix(), file
+
+
+def _leads_nowhere(path: Path) -> bool:
+    """Whether a file of a folder is a link to what is not there: it is one that cannot be read."""
+    return path.is_symlink() and not path.exists()
 
 
 def _list_folder(folder: Path) -> Iterator[Utterance]:
@@ -232,22 +267,27 @@ def _list_manifests(paths: Iterable[Path]) -> Iterator[Utterance]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    csv.field_size_limit(1 << 30)  # hours of speech have a longer text than is usual in a field
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, strict=True)
-            columns = reader.fieldnames or ()  # reads the first line
-            _check_columns(columns, f"{path}, line 1")
+            rows = csv.reader(file, strict=True)
+            columns: list[str] | None = None
             while True:
-                where = f"{path}, line {reader.line_num + 1}"
+                where = f"{path}, line {rows.line_num + 1}"
                 try:
-                    row = next(reader, None)
+                    row = next(rows, None)
                 except csv.Error as error:
                     raise UserError(f"{where}: not CSV ({error})") from None
-                if row is None:
+                if columns is None:
+                    columns = row or []
+                    _check_columns(columns, where)
+                elif row is None:
                     return
-                if None in row or None in row.values():
-                    raise UserError(f"{where}: expected {len(columns)} columns, got another number")
-                yield where, {name: value for name, value in row.items() if value != ""}
+                elif row:  # a blank line is none
+                    if len(row) != len(columns):
+                        raise UserError(f"{where}: expected {len(columns)} columns, got {len(row)}")
+                    fields = zip(columns, row, strict=True)
+                    yield where, {name: value for name, value in fields if value != ""}
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
 
@@ -263,7 +303,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     continue
                 try:
                     row = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise UserError(f"{where}: not JSON ({json_reason(error)})") from None
                 if not isinstance(row, dict):
                     raise UserError(f"{where}: expected an object, got {type(row).__name__}")
@@ -292,26 +332,31 @@ def json_reason(error: Exception) -> str:
 def _manifest_utterance(row: dict[str, Any], where: str, folder: Path) -> Utterance:
     if "audio" not in row:
         raise UserError(f"{where}: expected audio, got none")
-    audio = folder / str(row["audio"])
+    audio = row["audio"]
+    if not isinstance(audio, str) or not Path(audio).name:
+        raise UserError(f"{where}: expected the name of a file for audio, got {audio!r}")
     try:
         words = row.get("words")
         return Utterance(
-            id=str(row.get("id", Path(row["audio"]).with_suffix(""))),
+            id=written(row.get("id", str(Path(audio).with_suffix("")))),
             where=where,
-            audio=str(audio),
+            audio=str(folder / audio),
             start=float(row.get("start", 0.0)),
             duration=float(row["duration"]) if "duration" in row else None,
-            channels=[int(row["channel"])] if "channel" in row else None,
-            text=str(row["text"]) if "text" in row else None,
+            channels=[whole(row["channel"])] if "channel" in row else None,
+            text=written(row["text"]) if "text" in row else None,
             words=None
             if words is None
-            else [(str(w["word"]), float(w["start"]), float(w["stop"])) for w in words],
-            speaker=str(row["speaker"]) if "speaker" in row else None,
+            else spoken_words(
+                (written(w["word"]), float(w["start"]), float(w["stop"])) for w in words
+            ),
+            speaker=written(row["speaker"]) if "speaker" in row else None,
         )
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, OverflowError) as error:
         raise UserError(
-            f"{where}: expected numbers for start, duration and channel, and for words a list of "
-            f'{{"word", "start", "stop"}} in seconds; got {error!r}'
+            f"{where}: expected numbers for start, duration and channel, texts for id, text and "
+            'speaker, and for words a list of {"word", "start", "stop"} in seconds; '
+            f"got {error!r}"
         ) from None
 
 
@@ -333,16 +378,16 @@ def _list_parts(paths: Iterable[Path], suffixes: tuple[str, ...] | None) -> Iter
 
 
 def _parts(name: str, path: Path) -> Iterator[Part]:
-    if name.endswith(".gz"):
-        yield Part(name=name, path=str(path))
-        return
     if name.endswith(".parquet"):
         try:
             num_groups = pq.ParquetFile(path).metadata.num_row_groups
-        except (OSError, ValueError) as error:  # Arrow's errors are ValueErrors
-            raise UserError(f"{path}: cannot be read as Parquet ({error})") from None
+        except (OSError, ValueError, pa.ArrowException):
+            num_groups = 1  # preparing it finds the same, and lists it
         for group in range(num_groups):
             yield Part(name=name, path=str(path), start=group, stop=group + 1)
+        return
+    if name.endswith(".gz") or _leads_nowhere(path):
+        yield Part(name=name, path=str(path))
         return
     for start in range(0, path.stat().st_size, PART_BYTES):
         yield Part(name=name, path=str(path), start=start, stop=start + PART_BYTES)

@@ -133,9 +133,10 @@ def _letters(word: str) -> str:
 def _transcript(utterance: Utterance) -> str | None:
     """The text on one line; as it is where its characters are aligned."""
     text = utterance.text
-    if text is None and utterance.text_file is not None and Path(utterance.text_file).is_file():
+    if text is None and utterance.text_file is not None:
+        path = Path(utterance.text_file)
         try:
-            text = Path(utterance.text_file).read_text(encoding="utf-8-sig")
+            text = path.read_text(encoding="utf-8-sig") if path.is_file() else None
         except (OSError, UnicodeDecodeError) as error:
             raise AudioError(f"{utterance.text_file}: not readable as text ({error})") from None
     if text is None or not text.strip():

@@ -14,6 +14,7 @@ from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lst.data.records import Record
@@ -113,8 +114,8 @@ def _parquet_records(part: Part, source: str) -> Outcomes:
             file.read_row_group(each, ["text"], use_threads=False)
             for each in range(part.start, part.stop)
         ]
-    except (OSError, ValueError) as error:  # Arrow's errors are ValueErrors
-        yield Skipped(part.path, f"cannot be read as Parquet ({error})")
+    except (OSError, ValueError, pa.ArrowException) as error:
+        yield Skipped(part.path, f"cannot be read as Parquet ({' '.join(str(error).split())})")
         return
     for group, table in enumerate(tables, part.start):
         for row, text in enumerate(table.column("text").to_pylist()):

@@ -42,6 +42,8 @@ SAMPLE_RATE = 16_000
 #: What libsndfile reads.
 AUDIO_SUFFIXES = (".aif", ".aiff", ".flac", ".mp3", ".ogg", ".opus", ".wav")
 MAX_RATE = 768_000  # a header that says more is damaged
+MAX_PAGE = 27 + 255 + 255 * 255  # bytes of Ogg
+MAX_SECONDS = 1e9  # in which a manifest may place a stretch of audio
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,13 +113,13 @@ class AudioReader:
                 "reading audio needs soundfile, which is not installed: pip install 'lst[speech]'"
             ) from None
         path = Path(path)
-        if not path.is_file():
-            raise AudioError(f"{path}: expected an audio file, got none")
         try:
+            if not path.is_file():
+                raise AudioError(f"{path}: expected an audio file, got none")
             file = soundfile.SoundFile(os.fsencode(path))  # of any bytes, Unicode or not
         except (soundfile.SoundFileError, OSError) as error:
             raise AudioError(f"{path}: not readable as audio ({_one_line(error)})") from None
-        missing = _missing_end(file.extra_info)
+        missing = _missing_end(path, file.extra_info)
         if missing:
             raise AudioError(f"{path}: cut short ({missing})")
         columns = list(range(file.channels) if channels is None else channels)
@@ -234,7 +236,7 @@ def sample_range(audio: AudioReader, start: float, duration: float | None) -> tu
     Raises:
         AudioError: the range is empty or outside of the audio.
     """
-    if not np.isfinite([start, duration or 0.0]).all():
+    if not (np.abs([start, duration or 0.0]) < MAX_SECONDS).all():  # nor is NaN
         raise AudioError(f"{audio.name}: expected seconds, got {start} and {duration}")
     first = round(start * SAMPLE_RATE)
     stop = audio.num_samples if duration is None else round((start + duration) * SAMPLE_RATE)
@@ -258,7 +260,7 @@ def resample(waveform: np.ndarray, rate: int) -> np.ndarray:
     return resample_poly(waveform, SAMPLE_RATE // divisor, rate // divisor)
 
 
-def _missing_end(log: str) -> str | None:
+def _missing_end(path: Path, log: str) -> str | None:
     """What libsndfile's log says of an end that is missing; it reads what is there all the same.
 
     A length of 2 GiB or more, or of 0, is a placeholder of a program that wrote to a pipe.
@@ -269,7 +271,22 @@ def _missing_end(log: str) -> str | None:
             return f"{said} bytes by its header, {there} in the file"
     if "lacks an end-of-stream bit" in log:
         return "its last Ogg page is missing"
+    if "Junk after the last page" in log and _is_cut_page(path):
+        return "its last Ogg page is not whole"
     return None
+
+
+def _is_cut_page(path: Path) -> bool:
+    """Whether what a file ends with is the beginning of an Ogg page: 27 bytes, the last of them the
+    number of segments; a byte for the length of each; the segments."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - MAX_PAGE))
+        end = file.read()
+    if b"OggS" not in end:
+        return False
+    page = end[end.rindex(b"OggS") :]
+    num_segments = page[26] if len(page) > 26 else 1
+    return len(page) < 27 + num_segments + sum(page[27 : 27 + num_segments])
 
 
 def _one_line(error: BaseException) -> str:

@@ -89,6 +89,11 @@ def test_another_format_is_skipped_and_says_where(tmp_path, prepare, name):
         prepare(tmp_path / "strict", authors=(path,))
 
 
+def test_a_byte_order_mark_is_no_part_of_a_line(tmp_path, prepare):
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + EXAMPLE.encode() + b"\r\n")
+    assert [record.id for record in prepare(authors=(tmp_path / "a.jsonl",))] == ["mls/1_2_3"]
+
+
 def test_the_same_line_twice_is_refused(tmp_path, prepare):
     for name in ("a", "b"):
         (tmp_path / f"{name}.jsonl").write_text(EXAMPLE + "\n")

@@ -237,6 +237,41 @@ def test_a_bad_lhotse_manifest_is_named_with_its_line(tmp_path, session, prepare
 
 
 @pytest.mark.parametrize(
+    "change",
+    [
+        {"start": None},
+        {"duration": "long"},
+        {"text": ["hi"]},
+        {"speaker": {}},
+        {"channel": None},
+        {"id": None},
+        {"alignment": {"word": [["hi", None, 0.5]]}},
+        {"alignment": {"word": [[None, 0.0, 0.5]]}},
+        {"alignment": {"word": "hi"}},
+    ],
+    ids=str,
+)
+def test_what_lhotse_reads_and_nobody_understands_is_named_with_its_line(
+    tmp_path, session, prepare, change
+):
+    good = {"id": "a", "recording_id": "session", "start": 0, "duration": 1, "text": "hi"}
+    (tmp_path / "m.jsonl").write_text(f"{json.dumps(good)}\n{json.dumps(good | change)}\n")
+    with pytest.raises(UserError, match=r"m\.jsonl, line 2.*: not (as lhotse|a lhotse)"):
+        prepare(
+            recordings=(tmp_path / "recordings.jsonl.gz",), supervisions=(tmp_path / "m.jsonl",)
+        )
+    assert not (tmp_path / "made" / "plan.json").exists()
+
+
+@pytest.mark.parametrize("change", [{"sampling_rate": "fast"}, {"num_samples": None}], ids=str)
+def test_a_recording_without_a_rate_is_named_with_its_line(tmp_path, session, prepare, change):
+    rows = [next(iter(session[0])).to_dict() | each for each in ({}, {"id": "b"} | change)]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    with pytest.raises(UserError, match=r"m\.jsonl, line 2, recording 'b': not as lhotse writes"):
+        prepare(recordings=(tmp_path / "m.jsonl",), untranscribed=True)
+
+
+@pytest.mark.parametrize(
     ("name", "content"),
     [
         ("m.jsonl.gz", gzip.compress(SEGMENT.encode())[:40]),
@@ -289,8 +324,10 @@ def test_audio_of_any_rate_and_channel_count_has_25_units_a_second(tmp_path, sen
     for rate in (8_000, 22_050, 44_100):
         there = np.arange(int(len(waveform) * rate / SAMPLE_RATE)) / rate
         mono = np.interp(there, seconds, waveform)
-        soundfile.write(folder / f"{rate}.wav", np.stack([mono, mono], 1), rate)
+        for channels in (1, 2, 6):
+            soundfile.write(folder / f"{rate}-{channels}.wav", np.stack([mono] * channels, 1), rate)
     records = prepare(folder=folder, untranscribed=True)
+    assert len(records) == 9
     for record in records:
         assert abs(len(record.units) - len(waveform) / 640) <= 1
 
@@ -345,7 +382,21 @@ BAD_ROWS = {
     "m.csv": ("audio,text\n", r"m\.csv: expected something to prepare, got nothing$"),
     "n.csv": ("audio,text\n,hi\n", r"n\.csv, line 2: expected audio, got none$"),
     "j.csv": (b"audio,text\nx.wav,\xff\n", r"j\.csv: cannot be read"),
-}
+    "o.csv": ("audio,text\n\nx.wav,'a\n\nb'\n\nx.wav,hi,ho\n".replace("'", '"'),
+              r"o\.csv, line 7: expected 2 columns, got 3$"),
+    "p.csv": ('audio,"text\n', r"p\.csv, line 1: not CSV \(unexpected end of data\)$"),
+    "q.jsonl": ('{"audio": ' + "[" * 10_000, r"q\.jsonl, line 1: not JSON \(maximum recursion"),
+    "r.jsonl": ('{"audio": ["x.wav"]}\n', r"r\.jsonl, line 1: .* for audio, got \['x\.wav'\]$"),
+    "s.jsonl": ('{"audio": "."}\n', r"s\.jsonl, line 1: .* for audio, got '\.'$"),
+    "t.jsonl": ('{"audio": "x.wav", "text": ["hi"]}\n', r"line 1: .*texts for id, .*'hi'\] is no"),
+    "u.jsonl": ('{"audio": "x.wav", "text": NaN}\n', r"line 1: .*texts for id, .*nan is no text"),
+    "v.jsonl": ('{"audio": "x.wav", "id": {}}\n', r"line 1: .*texts for id, .*\{\} is no text"),
+    "w.jsonl": ('{"audio": "x.wav", "speaker": true}\n', r"line 1: .*speaker, .*True is no text"),
+    "x.jsonl": ('{"audio": "x.wav", "channel": 0.5}\n', r"line 1: .*0\.5 is no whole number"),
+    "y.jsonl": ('{"audio": "x.wav", "channel": 1e999}\n', r"line 1: .*inf is no whole number"),
+    "z.jsonl": ('{"audio": "x.wav", "words": [{"word": null, "start": 0, "stop": 1}]}\n',
+                r"line 1: .*None is no text"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD_ROWS)
@@ -355,6 +406,59 @@ def test_a_bad_manifest_is_named_with_its_line_and_nothing_is_begun(tmp_path, pr
     with pytest.raises(UserError, match=message):
         prepare(manifest=(tmp_path / name,))
     assert not (tmp_path / "made" / "plan.json").exists()
+
+
+def test_numbers_are_read_however_a_table_writes_them(tmp_path, spoken_folder, sentences, prepare):
+    row = {"audio": "spoken/book0/0.flac", "id": 7, "text": 1984, "speaker": 12, "channel": 0.0}
+    silences = [{"word": word, "start": 0.5, "stop": 0.6} for word in ("", " ", "<eps>")]
+    rows = [row | {"words": silences}, row | {"id": 8, "words": [], "start": "0.1"}]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    whole, part = prepare(manifest=(tmp_path / "m.jsonl",))
+    assert (whole.id, whole.text, whole.speaker) == ("7", "1984", "12")
+    assert (whole.words, part.words) == (None, None)  # silences alone: an aligner may find words
+    assert len(whole.units) - len(part.units) in (2, 3)
+
+
+def test_hours_of_transcript_fit_a_field(tmp_path, spoken_folder, prepare):
+    text = "word " * 40_000
+    (tmp_path / "m.csv").write_text(f"audio,text\nspoken/book0/0.flac,{text}\n")
+    (record,) = prepare(manifest=(tmp_path / "m.csv",))
+    assert record.text == text.strip()
+
+
+def test_what_no_recording_can_be_is_skipped_with_its_line(tmp_path, spoken_folder, prepare):
+    good = {"audio": "spoken/book0/0.flac", "text": "It rained.", "id": "good"}
+    bad = [
+        {"start": 1e308},
+        {"duration": 1e300},
+        {"audio": "x" * 5000},
+        {"words": [{"word": "half \ud83d", "start": 0.1, "stop": 0.2}]},
+    ]
+    rows = [good, *(good | each | {"id": f"bad{row}"} for row, each in enumerate(bad))]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    (record,) = prepare(manifest=(tmp_path / "m.jsonl",), max_skipped_share=0.8)
+    assert record.id == "good"
+    skipped = map(json.loads, (tmp_path / "made" / "skipped.jsonl").read_text().splitlines())
+    told = {each["where"].rpartition(" ")[2]: each["reason"] for each in skipped}
+    assert list(told) == ["2", "3", "4", "5"]
+    for line, reason in zip(told, ["expected seconds", "expected seconds", "not readable as audio",
+                                   "surrogates not allowed"], strict=True):  # fmt: skip
+        assert reason in told[line]
+
+
+def test_links_that_lead_nowhere_are_skipped_and_rings_of_folders_refused(
+    tmp_path, spoken_folder, prepare
+):
+    (spoken_folder / "gone.flac").symlink_to(tmp_path / "nowhere.flac")
+    (spoken_folder / "round.flac").symlink_to("round.flac")
+    assert len(prepare(folder=spoken_folder, max_skipped_share=0.3)) == 6
+    skipped = (tmp_path / "made" / "skipped.jsonl").read_text().splitlines()
+    assert [json.loads(each)["where"].rpartition("/")[2] for each in skipped] == [
+        "gone.flac", "round.flac"
+    ]  # fmt: skip
+    (spoken_folder / "book1" / "again").symlink_to("..")
+    with pytest.raises(UserError, match=r"book1/again: is a link to a folder that it is in"):
+        prepare(tmp_path / "other", folder=spoken_folder)
 
 
 def test_two_inputs_of_one_name_are_refused(tmp_path, spoken_folder, prepare):
@@ -510,6 +614,25 @@ def test_bad_lines_are_skipped_with_file_and_line(tmp_path):
     assert "expected an object" in skipped[1].reason
     assert "expected a text, got '3'" in skipped[2].reason
     assert "utf-8" in skipped[3].reason
+
+
+def test_a_text_file_that_cannot_be_read_is_skipped_and_listed(tmp_path, prepare):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    (folder / "a.txt").write_text("A line.\n")
+    pq.write_table(pa.table({"text": ["A row."]}), folder / "b.parquet")
+    content = (folder / "b.parquet").read_bytes()
+    (folder / "cut.parquet").write_bytes(content[: len(content) // 2])
+    (folder / "empty.parquet").write_bytes(b"")
+    (folder / "gone.txt").symlink_to(tmp_path / "nowhere.txt")
+    (folder / "gone.parquet").symlink_to(tmp_path / "nowhere.parquet")
+    records = prepare(text=(folder,), max_skipped_share=0.7)
+    assert [record.text for record in records] == ["A line.", "A row."]
+    lines = (tmp_path / "made" / "skipped.jsonl").read_text().splitlines()
+    skipped = {each["where"]: each["reason"] for each in map(json.loads, lines)}
+    names = ("cut.parquet", "empty.parquet", "gone.parquet", "gone.txt")
+    assert list(skipped) == [str(folder / name) for name in names]
+    assert all("cannot be read" in reason for reason in skipped.values())
 
 
 def test_a_damaged_compressed_file_gives_what_is_before_the_damage_and_says_so(tmp_path):

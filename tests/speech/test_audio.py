@@ -102,6 +102,18 @@ def test_a_file_cut_short_is_refused_and_never_read_as_a_shorter_one(tmp_path, s
         read_audio(path)
 
 
+@pytest.mark.parametrize("missing", [1, 700])
+def test_an_ogg_file_cut_in_its_last_page_is_refused(tmp_path, missing):
+    path = tmp_path / "a.ogg"
+    soundfile.write(path, noise(48_000), 16_000)
+    content = path.read_bytes()
+    path.write_bytes(content + b"\0" * 100)  # padding is no page
+    assert len(read_audio(path)) == 48_000
+    path.write_bytes(content[:-missing])
+    with pytest.raises(AudioError, match=r"a\.ogg: cut short \(its last Ogg page is not whole\)"):
+        read_audio(path)
+
+
 def test_a_file_written_to_a_pipe_has_no_length_in_its_header_and_is_read(tmp_path):
     path = tmp_path / "a.wav"
     soundfile.write(path, noise(16_000), 16_000)
