@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -296,27 +297,31 @@ PARTS: dict[str, tuple[tuple[str, ...], Callable[[Report, torch.device], None]]]
 def check_apart(report: Report, names: list[str], seconds: float) -> None:
     """Some of `PARTS`, side by side. One that breaks off, or is not done in time, fails its ops."""
     begun = time.monotonic()
-    running = {}
-    for name in names:
-        path = report.path.with_suffix(f".{name}.json")
-        path.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "benchmarks.gpu_checks", name, str(path)]
-        running[name] = path, subprocess.Popen(command, cwd=ROOT)
-    for name, (path, process) in running.items():
+    running: dict[str, tuple[Path, subprocess.Popen[bytes]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
         try:
-            status = process.wait(max(begun + seconds - time.monotonic(), 0))
-            ended = f"their process ended with status {status}"
-        except subprocess.TimeoutExpired:
-            process.kill()
-            status, ended = process.wait(), f"they took more than {seconds:g} s"
-        if path.exists():
-            found = json.loads(path.read_text())
-            report.checks += found["checks"]
-            report.not_measured += found["not_measured"]
-            path.unlink()
-        if status != 0:
-            for op in PARTS[name][0]:
-                report.check(op, f"checks of {name}", ended)
+            for name in names:
+                path = Path(folder) / f"{name}.json"
+                command = [sys.executable, "-m", "benchmarks.gpu_checks", name, str(path)]
+                running[name] = path, subprocess.Popen(command, cwd=ROOT)
+            for name, (path, process) in running.items():
+                try:
+                    status = process.wait(max(begun + seconds - time.monotonic(), 0))
+                    ended = f"their process ended with status {status}"
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    status, ended = process.wait(), f"they took more than {seconds:g} s"
+                if path.exists():
+                    found = json.loads(path.read_text())
+                    report.checks += found["checks"]
+                    report.not_measured += found["not_measured"]
+                if status != 0:
+                    for op in PARTS[name][0]:
+                        report.check(op, f"checks of {name}", ended)
+        finally:
+            for _, process in running.values():  # where this one is interrupted
+                process.kill()
+                process.wait()
 
 
 def main() -> None:

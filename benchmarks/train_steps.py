@@ -14,14 +14,17 @@
 
 Each part adds to ``DIR/train-steps-<device>-<date>.json`` as soon as it is done: median step time,
 units/s, tokens/s, hours of speech/s, MFU, peak memory and the longest kernels of a step, with
-machine, versions and commit. The most wanted come first, so that a run that is cut has them.
+machine, versions and commit. The most wanted come first, so that a run that is cut has them. A
+model that fails is named with its reason, and the others are measured; the exit status is 1 then.
 """
 
 import argparse
+import gc
 import json
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,10 +34,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import lst_kernels
+from benchmarks.gpu_measure import one_line
 from benchmarks.mix import MIX, PAPER, SPEECH_ONLY, documents, random_batch
 from lst.data.batch import Batch, pack_documents
 from lst.data.patching import NoPatching, Static, Strategy
 from lst.data.records import FRAMES_PER_SECOND
+from lst.errors import run_command
+from lst.files import make_folder, write_json
 from lst.flops import batch_counts, training_flops
 from lst.machine import describe_machine, file_stem
 from lst.model import ModelConfig, StackConfig, build_model, count_parameters
@@ -136,6 +142,8 @@ def measure(case: Case, device: torch.device, *, rows: int, steps: int, eager: b
     """Time training steps of ``case`` on random batches, halving rows until they fit."""
     config = replace(case.config(), compile=not eager)
     while True:
+        # A compiled block and its code hold each other: the last model is still there.
+        gc.collect()
         try:
             return measure_steps(case, config, device, rows=rows, units=UNITS_PER_ROW, steps=steps)
         except torch.OutOfMemoryError:
@@ -274,20 +282,28 @@ def main() -> None:
         sys.exit("error: this measures a GPU, and torch sees none")
     device = torch.device("cuda")
     about = describe_machine(device)
-    options.out.mkdir(parents=True, exist_ok=True)
+    make_folder(options.out)
     path = options.out / f"train-steps-{file_stem(about)}.json"
-    result: dict[str, Any] = {"machine": about, "steps": []}
+    result: dict[str, Any] = {"machine": about, "steps": [], "failed": {}}
     result["check"] = check(device, eager=options.eager)
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(path, result)
     for name in options.cases:
-        measured = measure(CASES[name], device, rows=ROWS, steps=options.steps, eager=options.eager)
-        result["steps"].append(measured)
-        path.write_text(json.dumps(result, indent=2) + "\n")
+        try:
+            measured = measure(
+                CASES[name], device, rows=ROWS, steps=options.steps, eager=options.eager
+            )
+            result["steps"].append(measured)
+        except Exception as error:
+            result["failed"][name] = one_line(error)
+            traceback.print_exc()
+        write_json(path, result)
     if options.corpus is not None:
         result["demo"] = run_demo(options.corpus, options.out)
-        path.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(path, result)
     print(f"written to {path}")
+    if result["failed"]:
+        sys.exit(f"error: not measured: {', '.join(result['failed'])}")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -116,6 +116,28 @@ def test_checks_that_fail_break_off_or_never_end_fail_their_ops(gpu, report, mon
     assert list(report.path.parent.iterdir()) == [report.path]
 
 
+def test_checks_that_are_interrupted_leave_no_process_and_no_file(gpu, report, monkeypatch):
+    from benchmarks import gpu_checks
+
+    started = []
+
+    class Interrupted(subprocess.Popen):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            started.append(self)
+
+        def wait(self, timeout=None):
+            if timeout is not None:
+                raise KeyboardInterrupt
+            return super().wait()
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        gpu_checks.check_apart(report, ["scan", "encoder"], 100)
+    assert [process.returncode for process in started] == [-9, -9]
+    assert not report.path.parent.exists()
+
+
 def test_the_last_document_of_many_elements_is_held_against_itself_alone(gpu, report):
     from benchmarks.gpu_checks import check_tail
 
