@@ -89,8 +89,8 @@ def table(verdicts: Sequence[Verdict], base: Runs, ours: Runs, revision: str) ->
         ).rstrip()
         for line in lines
     ]
-    for where, names in ((revision, base.keys() - ours.keys()), ("this tree", ours.keys() - base)):
-        text += [f"only in {where}: {name}" for name in sorted(names)]
+    for where, names in (("this tree", base.keys() - ours.keys()), (revision, ours.keys() - base)):
+        text += [f"not timed in {where}, absent or failed: {name}" for name in sorted(names)]
     slower = sum(each.word == "SLOWER" for each in verdicts)
     text.append(f"{len(verdicts)} compared, {slower} slower than {revision} beyond noise")
     return "\n".join(text)
@@ -124,10 +124,11 @@ def _git(*arguments: str) -> None:
         ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
     )
     if done.returncode:
-        raise UserError(f"--compare: git {' '.join(arguments)}: {done.stderr.strip()}")
+        said = (done.stderr.strip() or "without a reason").splitlines()[0]
+        raise UserError(f"--compare: git {' '.join(arguments)}: {said}")
 
 
-def run_benchmarks(tree: Path, arguments: Sequence[str]) -> dict[str, float]:
+def run_benchmarks(name: str, tree: Path, arguments: Sequence[str]) -> dict[str, float]:
     """The least seconds of every benchmark in ``tree``; those that fail are left out.
 
     Raises:
@@ -149,8 +150,10 @@ def run_benchmarks(tree: Path, arguments: Sequence[str]) -> dict[str, float]:
             check=False,
         )
         if not found.exists() or not found.stat().st_size:
-            last = (done.stdout.strip() or "nothing").splitlines()[-1]
-            raise UserError(f"--compare: no benchmark was timed in {tree}: {last}")
+            said = (done.stdout.strip() or "pytest says nothing").splitlines()
+            why = next((line for line in said if line.startswith("ERROR: ")), said[-1])
+            why = why.removeprefix("ERROR: ").replace(f"{tree}{os.sep}", "")
+            raise UserError(f"--compare: no benchmark was timed in {name}: {why}")
         benchmarks = json.loads(found.read_text())["benchmarks"]
     return {each["fullname"]: each["stats"]["min"] for each in benchmarks}
 
@@ -163,7 +166,7 @@ def compare(revision: str, arguments: Sequence[str], rounds: int = ROUNDS) -> in
         for number in range(rounds):
             for name, where, runs in ((revision, tree, base), ("this tree", ROOT, ours)):
                 print(f"round {number + 1} of {rounds}: {name}", flush=True)
-                for benchmark, seconds in run_benchmarks(where, arguments).items():
+                for benchmark, seconds in run_benchmarks(name, where, arguments).items():
                     runs.setdefault(benchmark, []).append(seconds)
     verdicts = judge(base, ours)
     print(table(verdicts, base, ours, revision))

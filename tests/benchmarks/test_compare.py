@@ -28,8 +28,8 @@ def test_the_slowest_comes_first_and_what_one_tree_lacks_is_said():
     verdicts = compare.judge(base, ours)
     assert [each.name for each in verdicts] == ["b", "a"]
     text = compare.table(verdicts, base, ours, "v1")
-    assert "only in v1: gone" in text
-    assert "only in this tree: fresh" in text
+    assert "not timed in this tree, absent or failed: gone" in text
+    assert "not timed in v1, absent or failed: fresh" in text
     cells = ["b", "1000.00", "ms", "2000.00", "ms", "+100.0%", "0.0%", "SLOWER"]
     assert text.splitlines()[1].split() == cells
     assert text.endswith("2 compared, 1 slower than v1 beyond noise")
@@ -89,14 +89,46 @@ def test_two_revisions_run_side_by_side(repository, capsys):
     assert len(trees.stdout.splitlines()) == 1
 
 
-def test_no_such_revision_is_one_line(repository):
-    with pytest.raises(UserError, match=r"^--compare: git worktree add .* invalid reference"):
-        compare.compare("nowhere", [])
+@pytest.mark.parametrize(
+    ("revision", "said"), [("nowhere", "invalid reference"), ("--nothing", "unknown option")]
+)
+def test_no_such_revision_is_one_line(repository, revision, said):
+    with pytest.raises(UserError, match=rf"^--compare: git worktree add [^\n]* {said}[^\n]*$"):
+        compare.compare(revision, [])
 
 
-def test_a_tree_without_benchmarks_is_one_line(repository):
-    with pytest.raises(UserError, match="no benchmark was timed"):
-        compare.compare("HEAD", ["absent.py"], rounds=1)
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        (["absent.py"], r"file or directory not found: absent\.py"),
+        (["test_wait.py::test_absent"], r"not found: test_wait\.py::test_absent"),
+        (["test_wait.py", "-k", "absent"], r"1 deselected in .*"),
+    ],
+)
+def test_no_such_benchmark_is_one_line(repository, asked, why):
+    with pytest.raises(UserError, match=f"^--compare: no benchmark was timed in HEAD: {why}$"):
+        compare.compare("HEAD", [*asked, "--benchmark-only"], rounds=1)
+
+
+FAILING = """
+def test_wait(benchmark):
+    benchmark(int, "x")
+"""
+
+
+def test_what_is_not_committed_is_compared_and_what_fails_is_named(repository, capsys):
+    file = repository / "test_wait.py"
+    file.write_text(BENCHMARK.format(seconds=0.001))
+    assert compare.compare("HEAD", ["test_wait.py", "--benchmark-only"], rounds=1) == 0
+    assert "faster" in capsys.readouterr().out
+    file.write_text(FAILING + BENCHMARK.format(seconds=0.001).replace("test_wait", "test_other"))
+    compare.compare("HEAD", ["test_wait.py", "--benchmark-only"], rounds=1)
+    said = capsys.readouterr().out.splitlines()
+    assert "not timed in this tree, absent or failed: test_wait.py::test_wait" in said
+    assert "not timed in HEAD, absent or failed: test_wait.py::test_other" in said
+    file.write_text(FAILING)
+    with pytest.raises(UserError, match=r"no benchmark was timed in this tree: [^\n]*$"):
+        compare.compare("HEAD", ["test_wait.py", "--benchmark-only"], rounds=1)
 
 
 def test_a_library_that_is_not_built_is_one_line(repository):
