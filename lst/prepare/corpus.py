@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -61,6 +61,9 @@ from lst.prepare.sources import (
 from lst.prepare.speech import Studio
 from lst.prepare.text import text_records
 from lst.speech.units import UnitEncoder, UnitsConfig, load_units
+
+if TYPE_CHECKING:
+    from lst.speech.alignment import CTCAligner
 
 __all__ = ["CorpusConfig", "Made", "describe_corpus", "is_made", "plan_corpus", "prepare_corpus"]
 
@@ -252,6 +255,8 @@ def plan_corpus(config: CorpusConfig) -> Plan:
         raise UserError(
             f"--out {config.out}: expected an empty or absent folder, got {min(others)} in it"
         )
+    if config.aligner is not None:
+        _aligner(config.aligner, config.device)  # told before it is in the plan that it is none
     with writing(config.out):
         _work(config).mkdir(parents=True, exist_ok=True)
     inputs = _with_unique_ids(list_inputs(config))
@@ -294,6 +299,13 @@ def _shard_inputs(config: CorpusConfig) -> int:
 @cache
 def _encoder(units: UnitsConfig) -> UnitEncoder:
     return load_units(units)
+
+
+@cache
+def _aligner(name: str, device: str) -> "CTCAligner":
+    from lst.speech.alignment import CTCAligner
+
+    return CTCAligner.load(name, device=device)
 
 
 def _with_unique_ids(inputs: Iterator[Input]) -> Iterator[Input]:
@@ -353,9 +365,7 @@ class _Maker:
         if config.units is not None:
             aligner = None
             if config.aligner is not None:
-                from lst.speech.alignment import CTCAligner
-
-                aligner = CTCAligner.load(config.aligner, device=config.device)
+                aligner = _aligner(config.aligner, config.device)
             studio = Studio(_encoder(config.units), aligner, config.untranscribed, source)
         return cls(kind, source, _num_units(config), studio)
 

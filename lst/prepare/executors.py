@@ -7,7 +7,7 @@ again does what is missing.
 """
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lst.errors import UserError, expect_positive
@@ -66,7 +66,7 @@ def make_executor(corpus: CorpusConfig, config: ExecutorConfig) -> Any:
         raise UserError("--slurm.partition: expected the partition to run on, got none")
     if config.executor == "slurm" and shutil.which("sbatch") is None:
         raise UserError("--executor slurm: expected SLURM's sbatch on this machine, got none")
-    plan_corpus(corpus)
+    plan_corpus(replace(corpus, device="cpu"))  # where tasks are submitted there may be no GPU
     common = {
         "pipeline": [PrepareShards(corpus)],
         "tasks": config.tasks,

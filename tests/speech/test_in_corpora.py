@@ -1,5 +1,8 @@
 """HuBERT's units and the aligner's words, by way of the commands that prepare a corpus."""
 
+import shutil
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -7,6 +10,7 @@ from lst.data.loader import DataConfig
 from lst.data.records import Dataset
 from lst.errors import UserError
 from lst.prepare.corpus import CorpusConfig, prepare_corpus
+from lst.prepare.executors import ExecutorConfig, SlurmConfig, make_executor
 from lst.prepare.units import CodebookConfig, fit_codebook
 from lst.speech.alignment import CTCAligner
 from lst.speech.hubert import HubertKMeans
@@ -64,6 +68,40 @@ def test_units_of_another_layer_are_another_corpus(tmp_path, folder, save_hubert
     prepare_corpus(CorpusConfig(**config, layer=1))
     with pytest.raises(UserError, match="was begun with another codebook;"):
         prepare_corpus(CorpusConfig(**config, layer=0))
+
+
+def test_a_wrong_aligner_is_told_before_anything_is_begun(tmp_path, folder, save_hubert):
+    hubert = str(save_hubert(tmp_path / "hubert"))
+    codebook = tmp_path / "codebook.safetensors"
+    fit_codebook(CodebookConfig(out=codebook, folder=folder, hubert=hubert, layer=1, codes=7))
+    config = CorpusConfig(
+        out=tmp_path / "made", folder=folder, codebook=codebook, hubert=hubert, layer=1,
+        aligner=hubert,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="hubert: expected a wav2vec2 model, got 'hubert'"):
+        prepare_corpus(config)
+    assert not config.out.exists()
+
+
+def test_tasks_for_a_gpu_are_submitted_from_where_there_is_none(
+    tmp_path, folder, save_hubert, save_ctc, monkeypatch
+):
+    pytest.importorskip("datatrove")
+    hubert, ctc = str(save_hubert(tmp_path / "hubert")), str(save_ctc(tmp_path / "ctc"))
+    codebook = tmp_path / "codebook.safetensors"
+    fit_codebook(CodebookConfig(out=codebook, folder=folder, hubert=hubert, layer=1, codes=7))
+    config = CorpusConfig(
+        out=tmp_path / "made", folder=folder, codebook=codebook, hubert=hubert, layer=1,
+        aligner=ctc, device="cuda:99",
+    )  # fmt: skip
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    slurm = SlurmConfig(partition="gpu", gpus_per_task=1)
+    make_executor(config, ExecutorConfig(executor="slurm", slurm=slurm))
+    assert (config.out / "plan.json").is_file()
+    with pytest.raises(UserError, match="device cuda:99: expected one that is here"):
+        prepare_corpus(config)
+    prepare_corpus(replace(config, device="cpu"))  # the device is no part of the plan
+    assert len(Dataset.open(config.out)) == len(TEXTS)
 
 
 def test_a_corpus_of_huberts_units_can_be_trained_on(tmp_path, folder, save_hubert):
