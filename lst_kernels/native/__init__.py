@@ -159,6 +159,8 @@ def plan_layout(
         plan["readable_from"] = cu_patches.new_empty(num_patches)
     else:
         _check("readable_from", readable_from, torch.int32, 1)
+        if readable_from.shape[0] != num_patches:
+            raise ValueError(f"readable_from has {readable_from.shape[0]} of {num_patches} patches")
     longest = (ctypes.c_int64 * 3)()
     sizes = (num_tokens, num_patches, num_documents, num_dead_patches)
     buffers = (cu_patches, cu_documents, closed_late, *plan.values(), longest)
@@ -180,6 +182,8 @@ def plan_ranges(start: Tensor, stop: Tensor, num_keys: int) -> dict[str, Tensor 
     _check("start", start, torch.int32, 1)
     _check("stop", stop, torch.int32, 1)
     num_queries = start.shape[0]
+    if stop.shape[0] != num_queries:
+        raise ValueError(f"stop has {stop.shape[0]} queries, but start has {num_queries}")
     sizes = (num_keys, num_keys, *(-(-rows // BLOCK_ROWS) for rows in (num_queries, num_keys)))
     tensors = [start.new_empty(size) for size in sizes]
     facts = (ctypes.c_int64 * 6)()
@@ -239,6 +243,11 @@ def range_attention_backward(
     """Gradients of q, k and v, from the gradient (Q, Hq, D) of out; the rest as in the forward."""
     dtype = q.dtype
     q, k, v, grad, out = map(_computable, (q, k, v, grad, out))
+    if not (grad.shape == out.shape == q.shape and grad.dtype == out.dtype == q.dtype):
+        got = ", ".join(f"{tuple(x.shape)} of {x.dtype}" for x in (grad, out))
+        raise ValueError(f"grad and out: expected {tuple(q.shape)} of {q.dtype}, got {got}")
+    if lse.shape != q.shape[:2] or lse.dtype != _lse_dtype(q):
+        raise ValueError(f"lse: expected {tuple(q.shape[:2])}, got {tuple(lse.shape)} {lse.dtype}")
     grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
     _attend(
         "lst_range_attention_backward", q, k, v, ranges, scale, family,
@@ -440,6 +449,15 @@ def _attend(
     buffers |= {"q": q, "k": k, "v": v, "start": ranges.start, "stop": ranges.stop}
     for name in ("start", "stop"):
         _check(name, buffers[name], torch.int32, 1)
+    num_queries, num_heads, head_dim = q.shape
+    if (
+        k.shape != v.shape
+        or k.shape[2] != head_dim
+        or not q.dtype == k.dtype == v.dtype
+        or not len(ranges.start) == len(ranges.stop) == num_queries
+    ):
+        shapes = ", ".join(f"{n} {tuple(x.shape)} {x.dtype}" for n, x in buffers.items())
+        raise ValueError(f"the buffers do not fit each other: {shapes}")
     arguments = _RangeAttention(
         **{name: buffer.data_ptr() for name, buffer in buffers.items()},
         **{
@@ -448,11 +466,11 @@ def _attend(
             if name in buffers
             for dimension, kind in enumerate(("row", "head"))
         },
-        num_queries=q.shape[0],
+        num_queries=num_queries,
         num_keys=k.shape[0],
-        num_heads=q.shape[1],
+        num_heads=num_heads,
         num_kv_heads=k.shape[1],
-        head_dim=q.shape[2],
+        head_dim=head_dim,
         scale=scale,
         dtype=_DTYPE_CODES[q.dtype],
         family=_FAMILY_CODES[family],
@@ -510,6 +528,8 @@ def _call(function: str, *arguments: Any) -> None:
     message = getattr(library, function)(
         *(item.data_ptr() if isinstance(item, Tensor) else item for item in arguments)
     )
+    if message == b"out of memory":
+        raise MemoryError(f"{function}: out of memory")
     if message is not None:
         raise ValueError(message.decode())
 

@@ -6,6 +6,7 @@ dtype, plus four roundings of the largest value (of the largest gradient for the
 and dk are differences that cancel, the rounding of what cancels remains, and is as large as dv).
 """
 
+import os
 import subprocess
 import sys
 
@@ -319,6 +320,70 @@ def test_wrong_ranges_are_refused_by_the_library_itself(start, stop, family, mes
     q, k, v, _ = inputs(ranges, (1, 1, 16), torch.float32)
     with pytest.raises(ValueError, match=message):
         native.range_attention(q, k, v, ranges, 1.0, family=family)
+
+
+def test_buffers_that_do_not_fit_are_refused_by_the_library_itself():
+    ranges = windows([5], 2)
+    q, k, v, grad = inputs(ranges, (2, 1, 16), torch.float32)
+    out, lse = native.range_attention(q, k, v, ranges, 1.0)
+    for wrong in ((q[:4], k, v), (q, k[:4], v), (q, k, v.double()), (q[..., :8], k, v)):
+        with pytest.raises(ValueError, match="do not fit each other"):
+            native.range_attention(*wrong, ranges, 1.0)
+    for wrong in ((grad[:4], out, lse), (grad, out[:4], lse), (grad.double(), out, lse)):
+        with pytest.raises(ValueError, match="grad and out: expected"):
+            native.range_attention_backward(wrong[0], q, k, v, *wrong[1:], ranges, 1.0)
+    with pytest.raises(ValueError, match="lse: expected"):
+        native.range_attention_backward(grad, q, k, v, out, lse[:4], ranges, 1.0)
+
+
+# Every large block of memory is mapped, and none can be while a limit holds.
+SCARCE = """
+import resource
+import torch
+from lst_kernels import native
+from lst_kernels.ranges import KeyRanges
+call, limits = native._call, resource.getrlimit(resource.RLIMIT_AS)
+def without_memory(*arguments):
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 20, limits[1]))
+    try:
+        call(*arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+native._load(native.LIBRARY).lst_use_team({team})
+torch.set_num_threads(2)
+native.patch_pool(torch.ones(4096, 512), torch.arange(4097, dtype=torch.int32), "mean")
+token = torch.arange(512, dtype=torch.int32)
+ranges = KeyRanges((token - 99).clamp(min=0), token + 1, 512)
+q, k, v, grad = torch.randn(4, 512, 1, 256, dtype=torch.float64)
+out, lse = native.range_attention(q, k, v, ranges, 0.1)
+def backward():
+    return native.range_attention_backward(grad, q, k, v, out, lse, ranges, 0.1)
+native._call = without_memory
+try:
+    backward()  # not even the caller has memory
+except MemoryError as error:
+    print(error)
+native._call = call
+torch.set_num_threads(1)
+expected = backward()
+torch.set_num_threads(2)
+native._call = without_memory
+print(all(map(torch.equal, backward(), expected)))  # the caller has
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited as Linux does")
+@pytest.mark.parametrize("team", ["native._torch_team()", "None"], ids=["torch's", "own"])
+def test_a_thread_without_memory_leaves_its_work_to_the_others(team: str):
+    run = subprocess.run(
+        [sys.executable, "-c", SCARCE.format(team=team)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},
+    )
+    assert run.stderr == ""
+    assert run.stdout == "lst_range_attention_backward: out of memory\nTrue\n"
 
 
 PEAK = """

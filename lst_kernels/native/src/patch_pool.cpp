@@ -80,14 +80,14 @@ LST_EXPORT const char* lst_patch_pool_forward(const void* x, const int32_t* cu_p
   const auto pick = [&](const PoolItem& item) {
     const int64_t start = cu_patches[item.row], stop = cu_patches[item.row + 1];
     char* const target = static_cast<char*>(out) + (item.row * num_features + item.feature) * bytes;
+    if (start == stop) {
+      std::memset(target, 0, static_cast<size_t>(item.width * bytes));
+      return;
+    }
     const int64_t token = reduce == kFirst ? start : stop - 1;
     const char* const source =
         static_cast<const char*>(x) + (token * num_features + item.feature) * bytes;
-    if (start < stop) {
-      std::memcpy(target, source, static_cast<size_t>(item.width * bytes));
-    } else {
-      std::memset(target, 0, static_cast<size_t>(item.width * bytes));
-    }
+    std::memcpy(target, source, static_cast<size_t>(item.width * bytes));
   };
   for_each_item(num_patches, num_features, (num_tokens + num_patches) * num_features, num_threads,
                 [&](const PoolItem& item) {

@@ -24,6 +24,8 @@ using lst::Turns;
 enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat64 = 2 };
 enum Family : int32_t { kChoose = 0, kOwned = 1, kTiled = 2 };
 
+constexpr const char* kOutOfMemory = "out of memory";  // a MemoryError in Python
+
 constexpr int64_t kElementsPerPart = 65536;  // below this, waking a thread costs more than it saves
 
 const AttentionKernels& kernels_for(const Attention& p) {
@@ -56,6 +58,26 @@ void* scratch(size_t bytes) {
     size = bytes;
   }
   return memory.get();
+}
+
+bool has_scratch(size_t bytes) {
+  try {
+    scratch(bytes);
+  } catch (const std::bad_alloc&) {
+    return false;
+  }
+  return true;
+}
+
+// Calls visit(task, scratch) for each task, in order as far as threads are free. A thread that gets
+// no memory leaves its tasks to the others; the caller's throws, before any task is begun.
+template <class Visit>
+void for_each_task(const Attention& p, int64_t num_tasks, size_t bytes, const Visit& visit) {
+  scratch(bytes);
+  const auto visit_all = [&](int64_t first, int64_t last) {
+    for (int64_t task = first; task < last; ++task) visit(task, scratch(bytes));
+  };
+  lst::parallel_for(num_tasks, 1, p.num_threads, visit_all, [&] { return has_scratch(bytes); });
 }
 
 // What the ranges are, as far as the choice of a family needs it.
@@ -148,13 +170,10 @@ void run_owned(Attention p, const Shape& shape, bool forward) {
   p.max_owned_keys = shape.max_keys;
   const size_t bytes = kernels.owned_scratch(p);
   const std::vector<OwnedPart> parts = owned_parts(p);
-  lst::parallel_for(static_cast<int64_t>(parts.size()), 1, p.num_threads,
-                    [&](int64_t first, int64_t last) {
-                      for (int64_t i = first; i < last; ++i) {
-                        (forward ? kernels.owned_forward : kernels.owned_backward)(
-                            p, parts[static_cast<size_t>(i)], scratch(bytes));
-                      }
-                    });
+  const auto pass = forward ? kernels.owned_forward : kernels.owned_backward;
+  for_each_task(p, static_cast<int64_t>(parts.size()), bytes, [&](int64_t i, void* memory) {
+    pass(p, parts[static_cast<size_t>(i)], memory);
+  });
 }
 
 // How many tiles a task takes: several save packing, but not where there are few to go round. It
@@ -182,12 +201,9 @@ void run_tiled_forward(const Attention& p) {
   const int64_t num_tiles = p.num_row_tiles(), per_task = tiles_per_task(num_tiles * p.num_kv_heads);
   const std::vector<int64_t> order = heavy_first(p, per_task * lst::kTileQueries);
   const int64_t num_tasks = static_cast<int64_t>(order.size());
-  lst::parallel_for(num_tasks * p.num_kv_heads, 1, p.num_threads, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      const int64_t tile = order[static_cast<size_t>(i % num_tasks)] * per_task;
-      kernels.tiled_forward(p, tile, std::min(per_task, num_tiles - tile), i / num_tasks,
-                            scratch(bytes));
-    }
+  for_each_task(p, num_tasks * p.num_kv_heads, bytes, [&](int64_t i, void* memory) {
+    const int64_t tile = order[static_cast<size_t>(i % num_tasks)] * per_task;
+    kernels.tiled_forward(p, tile, std::min(per_task, num_tiles - tile), i / num_tasks, memory);
   });
 }
 
@@ -235,7 +251,8 @@ void run_tiled_backward(Attention p) {
   p.delta = delta.get();
   p.grad_q_sum = p.dtype == kBfloat16 ? sums.get() : p.grad_q;
 
-  const int64_t queries_per_chunk = kElementsPerPart / (p.num_heads * p.head_dim) + 1;
+  const int64_t per_query = std::max<int64_t>(p.num_heads * p.head_dim, 1);
+  const int64_t queries_per_chunk = kElementsPerPart / per_query + 1;
   const auto each_query = [&](void (*visit)(const Attention&, int64_t)) {
     lst::parallel_for(p.num_queries, queries_per_chunk, p.num_threads,
                       [&](int64_t first, int64_t last) {
@@ -249,13 +266,11 @@ void run_tiled_backward(Attention p) {
   const Turns turns{first_number.data(), taken.data(), [] { std::this_thread::yield(); }};
   // Tasks in order, each for every head before the next: threads take them in this order, so a task
   // only ever waits for one that has been taken, and mostly for none.
-  lst::parallel_for(static_cast<int64_t>(tasks.size()) * p.num_kv_heads, 1, p.num_threads,
-                    [&](int64_t first, int64_t last) {
-                      for (int64_t i = first; i < last; ++i) {
-                        kernels.tiled_backward(p, tasks[static_cast<size_t>(i / p.num_kv_heads)],
-                                               i % p.num_kv_heads, turns, scratch(bytes));
-                      }
-                    });
+  const int64_t num_tasks = static_cast<int64_t>(tasks.size()) * p.num_kv_heads;
+  for_each_task(p, num_tasks, bytes, [&](int64_t i, void* memory) {
+    const lst::KeyTask& task = tasks[static_cast<size_t>(i / p.num_kv_heads)];
+    kernels.tiled_backward(p, task, i % p.num_kv_heads, turns, memory);
+  });
   if (p.dtype == kBfloat16) each_query(kernels.backward_finish);
 }
 
@@ -268,7 +283,7 @@ const char* run_checked(const LstRangeAttention* arguments, Run run) {
   try {
     run(p, shape);
   } catch (const std::bad_alloc&) {
-    return "out of memory";
+    return kOutOfMemory;
   }
   return nullptr;
 }

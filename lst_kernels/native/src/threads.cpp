@@ -25,11 +25,12 @@ namespace {
 class Job {
  public:
   Job(int64_t num_items, int64_t items_per_chunk,
-      const std::function<void(int64_t, int64_t)>& body)
-      : num_items_(num_items), items_per_chunk_(items_per_chunk), body_(body) {}
+      const std::function<void(int64_t, int64_t)>& body, const std::function<bool()>& prepare)
+      : num_items_(num_items), items_per_chunk_(items_per_chunk), body_(body), prepare_(prepare) {}
 
   // Takes chunks until none is left. Any number of threads may be in here at once.
   void work() {
+    if (!prepare_()) return;
     for (;;) {
       const int64_t first = next_.fetch_add(items_per_chunk_, std::memory_order_relaxed);
       if (first >= num_items_) return;
@@ -41,6 +42,7 @@ class Job {
   const int64_t num_items_;
   const int64_t items_per_chunk_;
   const std::function<void(int64_t, int64_t)>& body_;
+  const std::function<bool()>& prepare_;
   std::atomic<int64_t> next_{0};
 };
 
@@ -131,13 +133,14 @@ ThreadPool* make_pool() {
 }  // namespace
 
 void parallel_for(int64_t num_items, int64_t items_per_chunk, int num_threads,
-                  const std::function<void(int64_t, int64_t)>& body) {
+                  const std::function<void(int64_t, int64_t)>& body,
+                  const std::function<bool()>& prepare) {
   if (num_items <= 0) return;
   items_per_chunk = std::max<int64_t>(items_per_chunk, 1);
   const int64_t num_chunks = (num_items - 1) / items_per_chunk + 1;
   const int64_t num_workers = std::min<int64_t>(num_threads, num_chunks);
   if (num_workers <= 1) return body(0, num_items);
-  Job job(num_items, items_per_chunk, body);
+  Job job(num_items, items_per_chunk, body, prepare);
   if (const Team team = shared_team) {
     // All of them, with work or without: a runtime may end threads that a smaller team leaves out.
     return team([](void* data) { static_cast<Job*>(data)->work(); }, &job,
