@@ -1,11 +1,40 @@
 """What the ops are called with, checked: each rule once, told in the caller's words."""
 
+import operator
+import os
+from typing import SupportsIndex
+
 import torch
 from torch import Tensor
 
-__all__ = ["check_float", "check_offset_values", "check_offsets"]
+__all__ = [
+    "MAX_ROWS",
+    "check_float",
+    "check_offset_values",
+    "check_offsets",
+    "check_size",
+    "is_checked",
+]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+#: Rows of a stream are numbered in int32.
+MAX_ROWS = 2**31 - 1
+
+
+def check_size(name: str, value: SupportsIndex) -> int:
+    """A number of things, as a Python integer: NumPy's and tensors' integers are taken too."""
+    if isinstance(value, (int, torch.SymInt)):
+        return value  # type: ignore[return-value]  # symbolic where code is being traced
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer; got {value!r}") from None
+
+
+def is_checked(x: Tensor) -> bool:
+    """Whether values are looked at: on the CPU, for reading them elsewhere waits for the device."""
+    return x.device.type == "cpu" or os.environ.get("LST_KERNELS_CHECK") == "1"
 
 
 def check_float(name: str, x: Tensor) -> None:

@@ -34,7 +34,6 @@ Shape letters: T tokens, P patches, N documents, S slots.
 """
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -44,6 +43,7 @@ import torch
 from torch import Tensor
 
 from lst_kernels import native
+from lst_kernels.checks import MAX_ROWS, check_size, is_checked
 from lst_kernels.ranges import KeyRanges, at_or_below, causal_ranges, tighten
 
 __all__ = ["PatchLayout"]
@@ -120,11 +120,14 @@ class PatchLayout:
         """
         lengths = _integers(patch_lengths, "patch_lengths")
         per_document = _integers(patches_per_document, "patches_per_document")
+        num_dead_patches = check_size("num_dead_patches", num_dead_patches)
+        if num_tokens is not None:
+            num_tokens = check_size("num_tokens", num_tokens)
         device = lengths.device
         late = _flags(closed_late, len(lengths), device)
         if device.type != "cpu" and num_tokens is None:  # one synchronisation, then all is exact
             lengths, per_document, late = lengths.cpu(), per_document.cpu(), late.cpu()
-        if _checked(lengths):
+        if is_checked(lengths):
             _check_lengths(lengths, per_document, num_tokens, num_dead_patches)
         elif num_dead_patches:
             raise ValueError("num_dead_patches needs patch_lengths on the CPU, or no num_tokens")
@@ -155,7 +158,9 @@ class PatchLayout:
             ValueError: an id decreases or is not in [0, P).
         """
         ids = _integers(patch_ids, "patch_ids")
-        num_patches = int(_integers(patches_per_document, "patches_per_document").sum())
+        per_document = _integers(patches_per_document, "patches_per_document")
+        _check_counts(per_document, "patches_per_document")
+        num_patches = int(per_document.sum())
         if len(ids) and (ids.min() < 0 or ids.max() >= num_patches):
             raise ValueError(
                 f"patch_ids must lie in [0, {num_patches}), for patches_per_document "
@@ -168,7 +173,7 @@ class PatchLayout:
                 f"{int(ids[at - 1])} to {int(ids[at])}"
             )
         lengths = torch.bincount(ids, minlength=num_patches)
-        return PatchLayout.from_lengths(lengths, patches_per_document, closed_late=closed_late)
+        return PatchLayout.from_lengths(lengths, per_document, closed_late=closed_late)
 
     @staticmethod
     def static(tokens_per_document: Integers, size: int) -> "PatchLayout":
@@ -178,10 +183,10 @@ class PatchLayout:
         late. ``tokens_per_document``: (N,) integers.
         """
         tokens = _integers(tokens_per_document, "tokens_per_document")
+        size = min(check_size("size", size), MAX_ROWS)
         if size < 1:
             raise ValueError(f"size must be at least 1; got {size}")
-        if (tokens < 0).any():
-            raise ValueError(f"tokens_per_document must not be negative; got {int(tokens.min())}")
+        _check_counts(tokens, "tokens_per_document")
         per_document = (tokens + size - 1) // size
         lengths = torch.full((int(per_document.sum()),), size, device=tokens.device)
         ends_document = per_document.cumsum(0)[tokens > 0] - 1
@@ -218,16 +223,17 @@ class PatchLayout:
                 f"{tuple(starts.shape)}"
             )
         num_tokens, device = starts.shape[0], starts.device
+        max_patches = check_size("max_patches", max_patches)
         if cu_tokens is None:
             cu = num_tokens * torch.arange(2, device=device)  # a list from the host would wait
         else:
             cu = _integers(cu_tokens, "cu_tokens")
-            if _checked(starts):
+            if is_checked(starts):
                 _check_offsets(cu, num_tokens)
         marks = torch.cat((starts, starts.new_zeros(1)))  # (T+1,), for documents that start at T
         marks[cu[:-1]] = True
         patches_before = torch.cumsum(marks, 0) - marks.long()  # (T+1,)
-        if _checked(starts) and patches_before[-1] > max_patches:
+        if is_checked(starts) and patches_before[-1] > max_patches:
             raise ValueError(
                 f"max_patches is {max_patches}, but there are {int(patches_before[-1])} patches"
             )
@@ -237,7 +243,7 @@ class PatchLayout:
         return _assemble(
             cu_patches=cu_patches.int(),
             cu_documents=torch.cat((cu_documents, cu_documents.new_full((1,), max_patches))).int(),
-            closed_late=torch.full((max_patches,), closed_late, device=device),
+            closed_late=torch.full((max_patches,), closed_late, dtype=torch.bool, device=device),
             num_tokens=num_tokens,
             num_dead_patches=0,
         )
@@ -250,7 +256,7 @@ class PatchLayout:
     def patches_read_tokens(self, window: int | None = 1, slots: int = 1) -> KeyRanges:
         """The patch encoder: every slot of patch p reads the tokens of patches p-window+1 … p of
         the same document (None: of all patches up to p). P·S queries, T keys."""
-        _check_window(window, slots)
+        window, slots = _check_window(window, slots)
         first = self._first_patches()
         if window is not None:
             patch = torch.arange(self.num_patches, dtype=torch.int32, device=self.device)
@@ -269,7 +275,7 @@ class PatchLayout:
     def tokens_read_patches(self, window: int | None = None, slots: int = 1) -> KeyRanges:
         """The patch decoder: token t reads every slot of the last ``window`` patches (None: of all
         patches) of its document that are readable at t. T queries, P·S keys."""
-        _check_window(window, slots)
+        window, slots = _check_window(window, slots)
         stop = at_or_below(self.readable_from, self.num_tokens)
         start = self._first_patches()[self.patch_ids]
         if window is not None:
@@ -312,6 +318,8 @@ class PatchLayout:
         Returns:
             The layout of the sub-stream, and the (T',) int64 index of its tokens in this one.
         """
+        if not isinstance(keep, Tensor):
+            raise TypeError(f"keep must be a bool tensor; got {type(keep).__name__}")
         if keep.dtype != torch.bool or keep.shape != (self.num_tokens,):
             raise ValueError(
                 f"keep must be a bool tensor of shape ({self.num_tokens},); got "
@@ -424,10 +432,10 @@ def _longest(cu: Tensor) -> int:
 
 
 def _integers(values: Integers, name: str) -> Tensor:
-    tensor = torch.as_tensor(values)
+    tensor = _as_tensor(values, f"{name} must be integers")
     if tensor.numel() == 0 and not isinstance(values, Tensor):
         tensor = tensor.long()  # an empty list has no type
-    if tensor.is_floating_point() or tensor.dtype == torch.bool:
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise TypeError(f"{name} must be integers; got {tensor.dtype}")
     if tensor.ndim != 1:
         raise ValueError(f"{name} must have one dimension; got shape {tuple(tensor.shape)}")
@@ -441,26 +449,30 @@ def _flags(
 ) -> Tensor:
     if closed_late is None:
         return torch.zeros(num_patches, dtype=torch.bool, device=device)
-    flags = torch.as_tensor(closed_late)
+    flags = _as_tensor(closed_late, "closed_late must be bool")
     if flags.dtype != torch.bool and flags.numel():
         raise TypeError(f"closed_late must be bool; got {flags.dtype}")
     if flags.shape != (num_patches,):
         raise ValueError(
             f"closed_late has shape {tuple(flags.shape)}, but there are {num_patches} patches"
         )
-    return flags.bool().to(device)
+    return flags.bool().to(device).contiguous()
 
 
-def _checked(x: Tensor) -> bool:
-    return x.device.type == "cpu" or os.environ.get("LST_KERNELS_CHECK") == "1"
+def _as_tensor(values: Any, expected: str) -> Tensor:
+    if isinstance(values, np.ndarray):  # torch takes none that is read-only, reversed or swapped
+        values = np.require(values, values.dtype.newbyteorder("="), ["C", "W"])
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{expected}; got {type(values).__name__} ({error})") from None
 
 
 def _check_lengths(
     lengths: Tensor, per_document: Tensor, num_tokens: int | None, num_dead_patches: int
 ) -> None:
-    for name, values in (("patch_lengths", lengths), ("patches_per_document", per_document)):
-        if (values < 0).any():
-            raise ValueError(f"{name} must not be negative; got {int(values.min())}")
+    _check_counts(lengths, "patch_lengths")
+    _check_counts(per_document, "patches_per_document")
     if int(per_document.sum()) != len(lengths):
         raise ValueError(
             f"patches_per_document sums to {int(per_document.sum())}, but there are "
@@ -470,13 +482,23 @@ def _check_lengths(
         raise ValueError(
             f"num_tokens is {num_tokens}, but patch_lengths sums to {int(lengths.sum())}"
         )
-    if int(lengths.sum()) >= 2**31:
+    if int(lengths.sum()) > MAX_ROWS:
         raise ValueError(f"a stream holds fewer than 2**31 tokens; got {int(lengths.sum())}")
     last = int(per_document[-1]) if len(per_document) else 0
     if num_dead_patches and num_dead_patches != last:
         raise ValueError(
             f"num_dead_patches is {num_dead_patches}, but the last document has {last} patches"
         )
+
+
+def _check_counts(values: Tensor, name: str) -> None:
+    if len(values) == 0:
+        return
+    least, most = map(int, values.aminmax())
+    if least < 0:
+        raise ValueError(f"{name} must not be negative; got {least}")
+    if most > MAX_ROWS:  # so that their sum stays within int64
+        raise ValueError(f"{name} must be below 2**31; got {most}")
 
 
 def _check_offsets(cu_tokens: Tensor, num_tokens: int) -> None:
@@ -488,8 +510,11 @@ def _check_offsets(cu_tokens: Tensor, num_tokens: int) -> None:
         )
 
 
-def _check_window(window: int | None, slots: int) -> None:
+def _check_window(window: int | None, slots: int) -> tuple[int | None, int]:
+    window = None if window is None else min(check_size("window", window), MAX_ROWS)
     if window is not None and window < 1:
         raise ValueError(f"window counts the patch itself, so it is at least 1; got {window}")
+    slots = check_size("slots", slots)
     if slots < 1:
         raise ValueError(f"slots must be at least 1; got {slots}")
+    return window, slots

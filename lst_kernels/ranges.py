@@ -19,13 +19,13 @@ Shapes: Q queries, K keys.
 """
 
 import dataclasses
-import os
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lst_kernels import native
+from lst_kernels.checks import MAX_ROWS, check_size, is_checked
 from lst_kernels.schedule import BLOCK_ROWS, heavy_first, queries_per_range
 
 __all__ = ["KeyRanges", "causal_ranges", "part_ranges"]
@@ -79,20 +79,22 @@ class KeyRanges:
             raise ValueError(f"stop has {len(self.stop)} queries, but start has {len(self.start)}")
         if self.start.device != self.stop.device:
             raise ValueError(f"stop is on {self.stop.device}, but start is on {self.start.device}")
+        object.__setattr__(self, "num_keys", check_size("num_keys", self.num_keys))
         if self.num_keys < 0:
             raise ValueError(f"num_keys must not be negative; got {self.num_keys}")
+        if self.num_keys > MAX_ROWS:
+            raise ValueError(f"there may be fewer than 2**31 keys; got {self.num_keys}")
         for name, value in self._planned().items():
             object.__setattr__(self, name, value)
 
     def _planned(self) -> dict[str, Tensor | int | bool]:
-        is_host = _is_host(self.start)
-        if is_host and native.unavailable_reason() is None:
+        if _is_host(self.start) and native.unavailable_reason() is None:
             try:
                 return native.plan_ranges(self.start, self.stop, self.num_keys)
             except ValueError:
                 self.validate()  # says where
                 raise
-        if is_host or os.environ.get("LST_KERNELS_CHECK") == "1":
+        if is_checked(self.start):
             self.validate()
         return _plan(self.start, self.stop, self.num_keys)
 
@@ -160,7 +162,9 @@ class KeyRanges:
 
         Raises:
             ValueError: ``index`` decreases or leaves [0, Q) (told for an ``index`` on the CPU).
+            TypeError: ``index`` is not an integer tensor.
         """
+        _check_integers(index, "index")
         if _is_host(index) and index.numel():
             if index.min() < 0 or index.max() >= self.num_queries:
                 raise ValueError(
@@ -204,6 +208,7 @@ def causal_ranges(
         max_length: the longest sequence, or more.
         num_live: rows from this one on read nothing and are read by nothing.
     """
+    window = None if window is None else min(check_size("window", window), MAX_ROWS)
     if window is not None and window < 1:
         raise ValueError(f"window counts the row itself, so it is at least 1; got {window}")
     row = torch.arange(num_rows, dtype=torch.int32, device=cu.device)
@@ -322,12 +327,21 @@ def assemble(**fields: object) -> KeyRanges:
 
 
 def _as_int32(x: Tensor, name: str) -> Tensor:
-    if not isinstance(x, Tensor) or x.is_floating_point() or x.dtype == torch.bool:
-        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"{name} must be a tensor of integers; got {kind}")
+    _check_integers(x, name)
+    if x.dtype != torch.int32 and len(x) and is_checked(x):
+        for value in map(int, x.long().aminmax()):
+            if abs(value) > MAX_ROWS:
+                raise ValueError(f"{name} must lie within the keys, fewer than 2**31; got {value}")
+    return x.to(torch.int32).contiguous()
+
+
+def _check_integers(x: Tensor, name: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor of integers; got {type(x).__name__}")
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise TypeError(f"{name} must be a tensor of integers; got {x.dtype}")
     if x.ndim != 1:
         raise ValueError(f"{name} must have one dimension; got shape {tuple(x.shape)}")
-    return x.to(torch.int32).contiguous()
 
 
 def _is_host(x: Tensor) -> bool:

@@ -149,6 +149,56 @@ def test_a_substream_of_a_stream_with_a_dead_tail_keeps_it_dead():
     assert sub.readable_ids.tolist() == [0, 1, -1, -1]
 
 
+def read_only(array):
+    array.flags.writeable = False
+    return array
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "of",
+    [
+        lambda x: np.repeat(x, 2)[::2],
+        lambda x: x[::-1].copy()[::-1],
+        lambda x: read_only(x.copy()),
+        lambda x: x.astype(x.dtype.newbyteorder()),
+        lambda x: torch.from_numpy(x).repeat_interleave(2)[::2],
+    ],
+    ids=["every second", "backwards", "read-only", "swapped bytes", "strided tensor"],
+)
+def test_arrays_may_lie_in_memory_in_any_way(of):
+    lengths, documents = np.array([1, 2, 0, 3]), np.array([3, 1])
+    late = np.array([True, False, False, True])
+    expected = PatchLayout.from_lengths(lengths, documents, closed_late=late)
+    layout = PatchLayout.from_lengths(of(lengths), of(documents), closed_late=of(late))
+    assert same(layout, expected)
+    assert same(
+        PatchLayout.from_patch_ids(
+            of(expected.patch_ids.numpy()), of(documents), closed_late=of(late)
+        ),
+        expected,
+    )
+
+
+def test_one_flag_may_be_spread_over_all_patches():
+    spread = torch.tensor(True).expand(3)
+    layout = PatchLayout.from_lengths([1, 2, 1], [3], closed_late=spread)
+    assert same(layout, PatchLayout.from_lengths([1, 2, 1], [3], closed_late=[True] * 3))
+
+
+@pytest.mark.parametrize("integer", [np.int64, torch.tensor], ids=["NumPy", "torch"])
+def test_sizes_may_be_integers_of_any_kind(integer):
+    layout = make([[1, 2], [3]], num_tokens=integer(6), num_dead_patches=integer(1))
+    assert same(layout, make([[1, 2], [3]], num_tokens=6, num_dead_patches=1))
+    assert same(PatchLayout.static([7, 4], integer(4)), PatchLayout.static([7, 4], 4))
+    starts = torch.tensor([True, False, True])
+    padded = PatchLayout.from_boundaries(starts, max_patches=integer(3), closed_late=1)
+    assert same(padded, PatchLayout.from_boundaries(starts, max_patches=3, closed_late=True))
+    for reads in ("tokens_read_patches", "patches_read_tokens", "sliding_window"):
+        ranges = getattr(layout, reads)(integer(2))
+        assert same(ranges, getattr(layout, reads)(2)), reads
+
+
 def test_a_layout_survives_a_worker_process():
     layout = make([[1, 2], [3, 0]], closed_late=[True, False, True, False])
     assert same(pickle.loads(pickle.dumps(layout)), layout)
@@ -261,6 +311,72 @@ def test_layouts_made_on_a_device_ask_it_nothing():
             lambda: PatchLayout.from_lengths([2], [1]).sliding_window(0),
             ValueError,
             "at least 1; got 0",
+        ),
+        (
+            lambda: PatchLayout.from_lengths(None, [1]),
+            TypeError,
+            "patch_lengths must be integers; got NoneType",
+        ),
+        (
+            lambda: PatchLayout.from_lengths(torch.tensor([1j]), [1]),
+            TypeError,
+            "patch_lengths must be integers; got torch.complex64",
+        ),
+        (  # their sum in int64 is 1
+            lambda: PatchLayout.from_lengths([2**62] * 4 + [1], [5]),
+            ValueError,
+            "patch_lengths must be below 2**31; got 4611686018427387904",
+        ),
+        (
+            lambda: PatchLayout.from_lengths([1] * 5, [2**62] * 4 + [5]),
+            ValueError,
+            "patches_per_document must be below 2**31; got 4611686018427387904",
+        ),
+        (
+            lambda: PatchLayout.from_lengths([2, 1], [2], num_tokens=3.0),
+            TypeError,
+            "num_tokens must be an integer; got 3.0",
+        ),
+        (
+            lambda: PatchLayout.from_lengths([2, 1], [1, 1], num_dead_patches=1.0),
+            TypeError,
+            "num_dead_patches must be an integer; got 1.0",
+        ),
+        (
+            lambda: PatchLayout.from_patch_ids([], [-3]),
+            ValueError,
+            "patches_per_document must not be negative; got -3",
+        ),
+        (lambda: PatchLayout.static([4], 1.5), TypeError, "size must be an integer; got 1.5"),
+        (
+            lambda: PatchLayout.static([2**40], 2**30),
+            ValueError,
+            "tokens_per_document must be below 2**31; got 1099511627776",
+        ),
+        (
+            lambda: PatchLayout.from_boundaries(torch.ones(3, dtype=torch.bool), max_patches=3.0),
+            TypeError,
+            "max_patches must be an integer; got 3.0",
+        ),
+        (
+            lambda: PatchLayout.from_lengths([2], [1]).select_tokens([True, False]),
+            TypeError,
+            "keep must be a bool tensor; got list",
+        ),
+        (
+            lambda: PatchLayout.from_lengths([2], [1]).tokens_read_patches(1.5),
+            TypeError,
+            "window must be an integer; got 1.5",
+        ),
+        (
+            lambda: PatchLayout.from_lengths([2], [1]).tokens_read_patches(slots=1.5),
+            TypeError,
+            "slots must be an integer; got 1.5",
+        ),
+        (
+            lambda: PatchLayout.from_lengths([2] * 4, [4]).tokens_read_patches(slots=2**29),
+            ValueError,
+            "there may be fewer than 2**31 keys; got 2147483648",
         ),
     ],
 )

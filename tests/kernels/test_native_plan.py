@@ -114,6 +114,66 @@ def test_offsets_that_fall_or_end_elsewhere_are_refused(cu_patches, cu_documents
         native.plan_layout(*int32(cu_patches, cu_documents), late, num_tokens, 0, None)
 
 
+def outcome(make):
+    """The fields of what is made, or the error."""
+    try:
+        return vars(make())
+    except (TypeError, ValueError) as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def assert_made_alike(make):
+    """With the library and without it: the same fields, or the same error."""
+    with pytest.MonkeyPatch.context() as patched:
+        first = outcome(make)
+        patched.setattr(native, "LIBRARY", native.LIBRARY.with_name("absent"))
+        assert_same(first, outcome(make))
+
+
+edges = st.sampled_from([-(2**63), -(2**31), -1, 0, 1, 2**31 - 1, 2**31, 2**32, 2**63 - 1])
+integers = st.one_of(st.integers(-1, 4), st.integers(0, 3), st.integers(0, 3), edges)
+
+
+@MANY
+@given(start=st.lists(integers, max_size=4), stop=st.lists(integers, max_size=4), num_keys=integers)
+@example(start=[2**32], stop=[2**32 + 1], num_keys=3)
+def test_any_integers_are_the_same_ranges_or_the_same_error_without_the_library(
+    start, stop, num_keys
+):
+    start, stop = (torch.tensor(ends, dtype=torch.int64) for ends in (start, stop))
+    if 2**16 < num_keys < 2**31:  # a transpose of that many keys is only large
+        num_keys = 2**16
+    assert_made_alike(lambda: KeyRanges(start, stop, num_keys))
+
+
+@MANY
+@given(
+    lengths=st.lists(integers, max_size=4),
+    documents=st.lists(integers, max_size=3),
+    num_dead=st.integers(-1, 2),
+    late=st.sampled_from([None, [True], [True, False]]),
+)
+@example(lengths=[2**62] * 4 + [1], documents=[5], num_dead=0, late=None)
+def test_any_integers_are_the_same_layout_or_the_same_error_without_the_library(
+    lengths, documents, num_dead, late
+):
+    if 2**16 < sum(lengths) < 2**31:  # a stream of that many tokens is only large
+        lengths = [min(length, 2**16) for length in lengths]
+    assert_made_alike(
+        lambda: PatchLayout.from_lengths(
+            lengths, documents, num_dead_patches=num_dead, closed_late=late
+        )
+    )
+
+
+def test_buffers_of_another_length_are_refused():
+    start, stop, late = *int32([0, 0], [1]), torch.zeros(2, dtype=torch.bool)
+    with pytest.raises(ValueError, match="stop has 1 queries, but start has 2"):
+        native.plan_ranges(start, stop, 4)
+    with pytest.raises(ValueError, match="readable_from has 1 of 2 patches"):
+        native.plan_layout(*int32([0, 1, 2], [0, 2]), late, 2, 0, stop)
+
+
 def test_without_the_library_a_batch_has_the_same_plan(monkeypatch):
     def plans():
         made = PatchLayout.from_lengths([1, 3, 2, 0, 1], [2, 3], closed_late=[True] * 5)

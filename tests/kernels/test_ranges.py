@@ -2,7 +2,9 @@
 
 import pickle
 import re
+import sys
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -262,6 +264,24 @@ def test_the_ranges_of_parts_read_their_first_keys(parts):
         range_attention(q.requires_grad_(), k, v, ranges).sum().backward()
 
 
+@pytest.mark.parametrize("window", [100, 2**31 - 1, 2**31, 2**32, 2**40, sys.maxsize])
+def test_a_window_past_every_document_is_no_window(window):
+    layout = make([[(1, False), (3, True)], [(2, False), (0, False), (1, True)]])[0]
+    for ranges, all_of_them in (
+        (layout.tokens_read_patches(window), layout.tokens_read_patches(None)),
+        (layout.patches_read_tokens(window), layout.patches_read_tokens(None)),
+        (layout.sliding_window(window), layout.sliding_window(7)),
+    ):
+        assert torch.equal(ranges.dense_mask(), all_of_them.dense_mask())
+
+
+@pytest.mark.parametrize("integer", [np.int64, torch.tensor], ids=["NumPy", "torch"])
+def test_the_number_of_keys_may_be_an_integer_of_any_kind(integer):
+    ranges = ranges_of([0, 1], [2, 5], integer(5))
+    assert type(ranges.num_keys) is int
+    assert torch.equal(ranges.dense_mask(), ranges_of([0, 1], [2, 5], 5).dense_mask())
+
+
 def ranges_of(start, stop, num_keys=4):
     return KeyRanges(torch.tensor(start), torch.tensor(stop), num_keys)
 
@@ -296,6 +316,23 @@ def ranges_of(start, stop, num_keys=4):
             ValueError,
             "index must not decrease; at 1 it falls from 1 to 0",
         ),
+        (
+            lambda: ranges_of([0, 0], [1, 1]).select_queries(torch.tensor([True, False])),
+            TypeError,
+            "index must be a tensor of integers; got torch.bool",
+        ),
+        (
+            lambda: ranges_of([0, 0], [1, 1]).select_queries([0]),
+            TypeError,
+            "index must be a tensor of integers; got list",
+        ),
+        (  # in int32 they are 0 and 1
+            lambda: ranges_of([2**32], [2**32 + 1]),
+            ValueError,
+            "start must lie within the keys, fewer than 2**31; got 4294967296",
+        ),
+        (lambda: ranges_of([0], [1], 1.0), TypeError, "num_keys must be an integer; got 1.0"),
+        (lambda: ranges_of([0], [1], 2**31), ValueError, "fewer than 2**31 keys; got 2147483648"),
     ],
 )
 def test_wrong_input_is_told_in_the_callers_words(make, error, message):
