@@ -22,17 +22,22 @@ CONNECT_SECONDS = 20.0
 
 
 class Link:
-    """One end of a connection. Never waits; a message that does not fit is dropped."""
+    """One end of a connection. Never waits; a message that does not fit is dropped as a whole."""
 
     def __init__(self, connection: socket.socket) -> None:
         connection.setblocking(False)
         self.socket = connection
         self.closed = False
         self._inbox = b""
+        self._rest = b""  # of a message that fitted in part
 
     def send(self, message: Message) -> None:
+        line = json.dumps(message).encode() + b"\n"
         try:
-            self.socket.send(json.dumps(message).encode() + b"\n")
+            if self._rest:
+                self._rest = self._rest[self.socket.send(self._rest) :]
+            if not self._rest:
+                self._rest = line[self.socket.send(line) :]
         except BlockingIOError:
             pass  # a peer that is stopped reads nothing, and is found out by its silence
         except OSError:
@@ -49,10 +54,13 @@ class Link:
         self.closed = self.closed or not data
         *lines, self._inbox = (self._inbox + data).split(b"\n")
         try:
-            return [json.loads(line) for line in lines]
-        except ValueError:
-            self.closed = True  # not one of us
-            return []
+            messages = [json.loads(line) for line in lines]
+        except (ValueError, RecursionError):
+            messages = [None]
+        if all(isinstance(message, dict) for message in messages):
+            return messages
+        self.closed = True  # not one of us
+        return []
 
     def close(self) -> None:
         self.socket.close()
