@@ -111,7 +111,8 @@ class TrainConfig:
         counts = ("steps", "accumulation", "max_skipped", "keep", "keep_every")
         intervals = ("validate_every", "checkpoint_every", "log_every")
         expect_positive(self, *counts, *intervals, "peak_tflops")
-        expect_option(self.hang_timeout >= 0, "hang-timeout", "0 or more", self.hang_timeout)
+        finite = 0 <= self.hang_timeout < math.inf
+        expect_option(finite, "hang-timeout", "0 or more", self.hang_timeout)
         if self.init_from is not None and self.warm_start is not None:
             raise UserError("--init-from: expected it or --warm-start, got both")
         expect_option(0 <= self.seed < 2**63, "seed", "0 or more, below 2^63", self.seed)

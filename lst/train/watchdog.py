@@ -63,9 +63,9 @@ from lst.train.links import Link, Message, open_links
 from lst.train.status import Status
 from lst.train.work import USUAL, Work, did_work, state_of, work_of_thread, work_so_far
 
-# Parts of hang_timeout, or of USUAL where it is 0:
+SILENCE = 20 / 45  # of hang_timeout, without a beat
+# Parts of it where it is shorter than USUAL, else of that: more patience makes none of them longer.
 TICK = 1 / 45  # between two looks at the main thread, and two beats
-SILENCE = 20 / 45  # without a beat
 GRACE = 5 / 45  # for a main thread that was asked to stop before its first step
 SETTLE = 1 / 45  # after a first sign of trouble, for signs that tell more
 
@@ -138,6 +138,7 @@ class Watchdog:
 
     def __init__(self, timeout: float, status: Status, interrupt: Interrupt) -> None:
         self._timeout, self._status, self._interrupt = timeout, status, interrupt
+        self._unit = min(timeout or USUAL, USUAL)
         self._rank, self._peers = launched_rank(), dict[int, Peer]()
         self._main = threading.get_ident()
         self._phase = Phase(0, "starting")
@@ -241,7 +242,7 @@ class Watchdog:
         Where that is but what another's end looks like from here, the process ends in this call.
         """
         if self._peers:
-            time.sleep(3 * SETTLE * (self._timeout or USUAL))
+            time.sleep(3 * SETTLE * self._unit)
         if self._interrupt and not self._started:
             self._stop()
         self._failing.set()
@@ -250,7 +251,7 @@ class Watchdog:
     # What the thread does -------------------------------------------------------------------------
 
     def _run(self) -> None:
-        tick = TICK * (self._timeout or USUAL)
+        tick = TICK * self._unit
         last = looked = time.monotonic()
         while not self._leaving.is_set():
             for key, _ in self._selector.select(timeout=tick):
@@ -370,15 +371,14 @@ class Watchdog:
     def _judge(self, passed: float) -> None:
         if self._failing.is_set():
             return
-        unit = self._timeout or USUAL
         self.stalled = self._stall()
         reason, stacks = self._verdict()
         self._trouble = 0.0 if reason is None else self._trouble + passed
-        if reason is not None and (stacks or self._trouble > SETTLE * unit):
+        if reason is not None and (stacks or self._trouble > SETTLE * self._unit):
             self._end(reason, stacks=stacks)
         if self._interrupt and not self._started:
             self._asked += passed
-            if self._asked > GRACE * unit:
+            if self._asked > GRACE * self._unit:
                 self._stop()
 
     def _verdict(self) -> tuple[str | None, bool]:

@@ -1,6 +1,7 @@
 """A configuration survives JSON, and JSON that is not one is refused by the key at fault."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,9 @@ def inside(values: dict[str, Any], keys: list[str]) -> dict[str, Any]:
         (put("optimizer", 3), "c.json: expected optimizer to be OptimizerConfig, got 3"),
         (put("precision", "int8"), "c.json: expected precision to be"),
         (put("steps", 0), "c.json: --steps: expected 1 or more, got 0"),
+        (put("hang_timeout", -1), "c.json: --hang-timeout: expected 0 or more, got -1"),
+        (put("hang_timeout", math.inf), "c.json: --hang-timeout: expected 0 or more, got inf"),
+        (put("hang_timeout", math.nan), "c.json: --hang-timeout: expected 0 or more, got nan"),
     ],
 )
 def test_wrong_json_is_refused_by_its_key(
