@@ -7,6 +7,8 @@ something (one line on stderr, exit code 2), or the program is at fault (a trace
 import math
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from typing import TextIO
 
 
 class UserError(Exception):
@@ -28,10 +30,20 @@ def expect_positive(options: object, *names: str) -> None:
             expect_option(0 < value < math.inf, name, expected, value)
 
 
+def tell(message: object, stream: TextIO | None = None) -> None:
+    """Print a line at once, on stdout where no other stream is given.
+
+    Where it cannot be printed, as the disk of a log is full or its reader gone, it is let go: what
+    is told of must not end for it.
+    """
+    with suppress(OSError):
+        print(message, file=stream, flush=True)
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's ``main`` and turn a :class:`UserError` into one line and exit code 2."""
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        tell(f"error: {error}", sys.stderr)
         raise SystemExit(2) from None

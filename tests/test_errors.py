@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from lst.errors import UserError, expect_option, expect_positive, run_command
+from lst.errors import UserError, expect_option, expect_positive, run_command, tell
 from lst.machine import find_device
 
 
@@ -54,3 +54,13 @@ def test_a_command_ends_with_one_line_and_code_2(capsys):
         run_command(main)
     assert ended.value.code == 2
     assert capsys.readouterr().err == "error: a: expected b, got c\n"
+
+
+def test_a_line_that_cannot_be_printed_is_let_go(capsys):
+    full = open("/dev/full", "w")  # noqa: SIM115  closing it raises
+    for _ in range(3):
+        tell("x", full)
+    with pytest.raises(OSError, match="No space left"):
+        full.close()
+    tell("a")
+    assert capsys.readouterr().out == "a\n"

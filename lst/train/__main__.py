@@ -13,6 +13,7 @@ from lst.train import startup
 if __name__ == "__main__":
     startup.begin()  # all that follows takes seconds, or for ever
 
+import os
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -175,6 +176,7 @@ def main() -> None:
             raise SharedError(str(error)) from None
         if plan is None:
             train(command.config, resume=command.resume is not None)
+            _let_go_of_lines()
         elif launched_rank() == 0:
             print(plan)
     except (SharedError, SystemExit) as error:
@@ -183,6 +185,16 @@ def main() -> None:
         # Rank 0 speaks for all; torchrun would end it in mid-sentence if another rank left first.
         time.sleep(SILENCE)
         raise SystemExit(2) from None
+
+
+def _let_go_of_lines() -> None:
+    """A run that ends well does so where the disk of its log is full: Python's exit code is 120
+    where it cannot print what is left."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 if __name__ == "__main__":

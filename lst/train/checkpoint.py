@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
-from lst.errors import UserError
+from lst.errors import UserError, tell
 from lst.files import fsync, write_json, writing
 from lst.machine import find_device
 from lst.model import LanguageModel, build_model
@@ -307,7 +307,7 @@ def _damage(folder: Path, world: World) -> str | None:
 
 
 def _warn(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    tell(message, sys.stderr)
 
 
 # Loading ------------------------------------------------------------------------------------------

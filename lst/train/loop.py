@@ -26,7 +26,7 @@ from torch import nn
 
 from lst.data.batch import Batch
 from lst.data.loader import TrainLoader
-from lst.errors import UserError
+from lst.errors import UserError, tell
 from lst.model import LanguageModel, build_model, count_parameters
 from lst.train.anomalies import find_spike, global_records, is_finite
 from lst.train.checkpoint import State, load_tensors, newest_checkpoint, read_state
@@ -93,7 +93,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> None:
             status.stopped()
             if world.is_main:
                 go_on = f"python -m lst.train --resume {config.out}"
-                print(f"{stopped}; go on by: {go_on}", flush=True)
+                tell(f"{stopped}; go on by: {go_on}")
         except (SharedError, KeyboardInterrupt):
             raise
         except Exception as error:
@@ -234,7 +234,7 @@ def find_resumed(config: TrainConfig, world: World) -> Path | None:
 
     def say(message: str) -> None:
         if world.is_main:
-            print(message, flush=True)
+            tell(message)
 
     checkpoint = newest_checkpoint(config.out, world, say)
     say(f"{config.out}: going on from {checkpoint or 'the start, as it has no checkpoint yet'}")

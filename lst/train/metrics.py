@@ -16,6 +16,7 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
@@ -28,7 +29,7 @@ from tqdm import tqdm
 
 from lst import flops
 from lst.data.records import FRAMES_PER_SECOND
-from lst.errors import UserError
+from lst.errors import UserError, tell
 from lst.files import replacing, write_atomically, writing
 from lst.model import ModelConfig
 from lst.train.config import TrainConfig, to_json
@@ -243,9 +244,10 @@ class MetricsLog:
     def say(self, message: str) -> None:
         """Print a line, clear of the progress bar."""
         if self._active and self._bar is not None:
-            self._bar.write(message, file=sys.stdout)
+            with suppress(OSError):  # as tell() does
+                self._bar.write(message, file=sys.stdout)
         elif self._active:
-            print(message, flush=True)
+            tell(message)
 
     def sync(self) -> None:
         """Push the lines so far to the disk, as a checkpoint after them will rely on them."""
@@ -403,7 +405,7 @@ def _open_board(folder: Path, step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        print("no TensorBoard events are written: pip install 'lst[log]'", flush=True)
+        tell("no TensorBoard events are written: pip install 'lst[log]'")
         return None
     with writing(folder):
         return SummaryWriter(str(folder), purge_step=step + 1)
@@ -456,7 +458,7 @@ def plot_losses(lines: list[dict[str, Any]], path: Path) -> None:
     try:
         from matplotlib.figure import Figure  # pyplot's state and backends are not needed
     except ImportError:
-        print("no loss.png is drawn: pip install 'lst[plots]'", flush=True)
+        tell("no loss.png is drawn: pip install 'lst[plots]'")
         return
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     for axes, part in zip(figure.subplots(1, 2), ("text", "speech"), strict=True):

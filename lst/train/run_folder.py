@@ -17,7 +17,7 @@ import json
 import os
 from pathlib import Path
 
-from lst.errors import UserError
+from lst.errors import UserError, tell
 from lst.files import write_json, writing
 from lst.train.config import TrainConfig, read_config, to_json
 
@@ -78,7 +78,7 @@ class RunLock:
                 if error.errno not in NO_LOCKS:
                     os.close(descriptor)
                     raise
-                print(f"{out}: no lock keeps other commands out ({error.strerror})", flush=True)
+                tell(f"{out}: no lock keeps other commands out ({error.strerror})")
         self._descriptor = descriptor
 
     def release(self) -> None:

@@ -25,6 +25,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import NoReturn
 
+from lst.errors import tell
 from lst.train.work import PROC, USUAL, did_work, state_of, work_of
 
 STOPPED = 20 / 45  # of the patience that a rank gets which does nothing
@@ -128,6 +129,6 @@ def _end(rank: int, idle: float, state: str) -> NoReturn:
     why = {"T": ", as it is stopped", "D": ", as it waits for a disk"}.get(state, "")
     who = f"rank {os.environ.get('RANK', '0')} ({socket.gethostname()}, pid {rank})"
     reason = f"{who} hangs as it starts: nothing done for {idle:.0f} s{why}"
-    print(f"error: {reason}", file=sys.stderr, flush=True)
+    tell(f"error: {reason}", sys.stderr)
     os.kill(rank, signal.SIGKILL)
     os._exit(1)

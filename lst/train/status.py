@@ -31,7 +31,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from lst.errors import UserError
+from lst.errors import UserError, tell
 from lst.files import write_atomically
 from lst.train.config import TrainConfig
 from lst.train.distributed import launched_rank
@@ -151,7 +151,7 @@ class Status:
             text = json.dumps(self._values | {"time": _now()}, indent=1) + "\n"
             write_atomically(self._out / STATUS, text)
         except UserError as error:  # a disk that is full does not end the run
-            print(error, flush=True)
+            tell(error)
         finally:
             self._lock.release()
 

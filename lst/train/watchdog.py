@@ -56,6 +56,7 @@ from types import FrameType, TracebackType
 from typing import Any, NamedTuple, NoReturn, Self
 
 from lst.data.workers import STACKS
+from lst.errors import tell
 from lst.train import startup
 from lst.train.distributed import MEETING, World, launched_processes, launched_rank
 from lst.train.interrupt import Interrupt
@@ -445,11 +446,11 @@ class Watchdog:
             tell.start()
             tell.join(DISK_SECONDS)
         if stacks:
-            print(f"rank {self._rank} was here:", file=sys.stderr, flush=True)
+            tell(f"rank {self._rank} was here:", sys.stderr)
             faulthandler.dump_traceback(sys.__stderr__ or 2)
             _ask_workers()
         if not told:
-            print(f"error: {reason}", file=sys.stderr, flush=True)
+            tell(f"error: {reason}", sys.stderr)
         _leave(1)
 
     def _stop(self) -> NoReturn:
@@ -457,7 +458,7 @@ class Watchdog:
         self._send({"signal": self._interrupt.signal, "bye": True})
         self._status.stopped()
         if self._rank == 0:
-            print(f"{self._interrupt.signal}: stopped before its first step", flush=True)
+            tell(f"{self._interrupt.signal}: stopped before its first step")
         _leave(0)
 
 
@@ -474,7 +475,8 @@ def _ask_workers() -> None:
 def _leave(code: int) -> NoReturn:
     for child in multiprocessing.active_children():  # a stopped one would outlive us
         child.kill()
-    sys.stdout.flush()
+    with suppress(OSError):
+        sys.stdout.flush()
     os._exit(code)
 
 

@@ -79,6 +79,11 @@ def test_a_command_that_hangs_in_an_import_is_ended_and_says_in_which(
     assert f'File "{tmp_path / "tyro.py"}", line 1 in <module>' in err
 
 
+def test_one_that_hangs_is_ended_where_nobody_can_be_told(start: Start) -> None:
+    full = "import os\nos.dup2(os.open('/dev/full', os.O_WRONLY), 2)\n"
+    assert start("-c", full + BEGIN + "time.sleep(1000)").wait() == -signal.SIGKILL
+
+
 def test_one_that_is_stopped_is_ended_sooner(start: Start) -> None:
     process = start("-c", BEGIN + "os.kill(os.getpid(), signal.SIGSTOP)", patience=3.0)
     said(process, "[12]", ", as it is stopped")

@@ -68,7 +68,8 @@ HANG = "time.sleep(10_000)"
 @pytest.fixture
 def job(fork: Job) -> Job:
     """``job(config, ranks=1)``: the ranks of a run; ``patched`` is the module and name of a
-    function, which of its calls, and what the last rank does there; ``first`` what all do."""
+    function, which of its calls, and what the last rank does there; ``first`` and ``then`` what
+    all do."""
 
     def start(
         config: TrainConfig,
@@ -76,10 +77,12 @@ def job(fork: Job) -> Job:
         ranks: int = 1,
         patched: tuple[Any, ...] = NOWHERE,
         first: str = "",
+        then: str = "",
     ) -> Any:
         config.out.mkdir()
         (config.out / "config.json").write_text(json.dumps(to_json(config)))
-        return fork(first + PROGRAM.format(patched=patched), "--resume", config.out, ranks=ranks)
+        program = first + PROGRAM.format(patched=patched) + then
+        return fork(program, "--resume", config.out, ranks=ranks)
 
     return start
 
@@ -291,6 +294,34 @@ def test_a_checkpoint_that_takes_long_is_not_told_of(
     train(config)
     assert (config.out / "checkpoints" / "step-00000001").is_dir()
     assert not (config.out / "events.jsonl").exists()
+
+
+# A log on a disk that is full.
+FULL = """
+import os
+for stream in (1, 2):
+    os.dup2(os.open("/dev/full", os.O_WRONLY), stream)
+"""
+
+
+def test_a_run_outlives_a_log_that_cannot_be_written(tiny: Tiny, job: Job) -> None:
+    config = tiny(steps=3, validate_every=3)
+    ranks = job(config, first=FULL, then="sys.stdout.flush(); sys.stderr.flush()")
+    assert ranks.codes == [0]  # and nothing is left that Python would print as it ends
+    assert json.loads((config.out / "status.json").read_text())["state"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("action", "code", "state"), [(HANG, 1, "failed"), ("stop()", 0, "stopped")]
+)
+def test_a_job_ends_where_nobody_can_be_told(
+    tiny: Tiny, job: Job, action: str, code: int, state: str
+) -> None:
+    stop = "stop = lambda: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(10_000))\n"
+    config = endless(tiny, 4.0)
+    ranks = job(config, patched=in_step(1, action), first=FULL + stop)
+    assert ranks.codes == [code]
+    assert json.loads((config.out / "status.json").read_text())["state"] == state
 
 
 def test_what_one_rank_alone_raises_ends_the_job_with_that_reason(tiny: Tiny, job: Job) -> None:
