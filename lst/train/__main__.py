@@ -149,10 +149,13 @@ def _value(option: str, options: list[str]) -> str | None:
     """What is given for an option, by its last mention."""
     value = None
     for place, word in enumerate(options):
-        if word == option and place + 1 < len(options):
+        name, given, text = word.partition("=")
+        if name.replace("_", "-") != option:  # tyro takes either
+            continue
+        if given:
+            value = text
+        elif place + 1 < len(options):
             value = options[place + 1]
-        elif word.startswith(f"{option}="):
-            value = word.removeprefix(f"{option}=")
     return value
 
 

@@ -89,7 +89,7 @@ def _patience(arguments: list[str]) -> float:
     patience = USUAL
     for place, word in enumerate(arguments):
         name, _, value = word.partition("=")
-        if name == "--hang-timeout":
+        if name.replace("_", "-") == "--hang-timeout":
             with suppress(ValueError):  # told of once it is parsed
                 patience = float(value or " ".join(arguments[place + 1 : place + 2]))
     return patience

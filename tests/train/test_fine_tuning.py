@@ -252,6 +252,7 @@ def test_a_task_gives_a_preset_its_documents_and_static_patches() -> None:
 def test_a_checkpoint_gives_the_values_that_no_preset_gives(trained: TrainConfig) -> None:
     config = parse(["--init-from", str(trained.out), "--task", "asr", "--steps", "3"]).config
     assert config == replace(fine_tuning(trained, "asr"), init_from=trained.out, steps=3)
+    assert config == parse(f"--init_from {trained.out} --task asr --steps 3".split()).config
     config = parse(["demo", f"--init-from={trained.out}"]).config
     assert config == replace(PRESETS["demo"], init_from=trained.out)
 

@@ -199,6 +199,6 @@ def test_the_timeout_is_read_before_there_is_a_parser() -> None:
 
     assert _patience(["demo", "--steps", "3"]) == USUAL
     assert _patience(["demo", "--hang-timeout", "60", "--steps", "3"]) == 60
-    assert _patience(["--hang-timeout=0"]) == 0
+    assert _patience(["--hang-timeout=0"]) == _patience(["--hang_timeout", "0"]) == 0
     for wrong in (["--hang-timeout"], ["--hang-timeout", "long"]):  # the parser says so
         assert _patience(wrong) == USUAL
