@@ -23,7 +23,18 @@ __all__ = [
     "work_so_far",
 ]
 
-PROC = Path("/proc")
+
+def _proc() -> Path:
+    """Where Linux tells of processes by the numbers that they have here. One that was mounted
+    outside a container tells of others by them: then a place where nothing is."""
+    proc = Path("/proc")
+    with suppress(OSError):
+        if os.readlink(proc / "self") == str(os.getpid()):
+            return proc
+    return proc / "none"
+
+
+PROC = _proc()
 TICKS = os.sysconf("SC_CLK_TCK")
 PAGE = os.sysconf("SC_PAGE_SIZE")
 

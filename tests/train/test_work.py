@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -184,6 +185,16 @@ def test_of_a_thread_its_own_work_alone_counts(tmp_path: Path) -> None:
 def test_the_state_of_a_process_is_told() -> None:
     assert state_of(os.getpid()) == "R"
     assert state_of(0) == ""
+
+
+def test_what_is_told_of_another_process_of_the_same_number_is_not_believed() -> None:
+    """In a namespace of numbers of its own, with /proc as it is outside."""
+    code = "import os; from lst.train.work import *; print(os.getpid(), work_so_far(), state_of(1))"
+    alone = ["unshare", "--pid", "--fork"]
+    if shutil.which("unshare") is None or subprocess.run([*alone, "true"], check=False).returncode:
+        pytest.skip("no right to make a namespace")
+    told = subprocess.run([*alone, sys.executable, "-c", code], capture_output=True, text=True)
+    assert told.stdout == "1 None \n", told.stderr
 
 
 def test_where_the_system_tells_nothing_nothing_is_made_up(tmp_path: Path) -> None:
