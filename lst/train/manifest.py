@@ -79,6 +79,9 @@ def size_faults(folder: Path) -> list[str]:
     faults = []
     for name, file in files.items():
         path = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            faults.append(f"{name}: expected a file of this folder")
+            continue
         got = f"{path.stat().st_size}" if path.is_file() else "no file"
         if got != str(file.bytes):
             faults.append(f"{name}: expected {file.bytes} bytes, got {got}")

@@ -12,6 +12,8 @@ second of CPU time. The watchdog's looks do. Of nothing at all is enough
 
 (for ``--hang-timeout 45``, the usual; the first and the last go with it). However slow files come,
 something comes of them in that time. Nothing here imports more than the standard library.
+
+A signal that asks to stop, while there is no run yet that could (or any more), is kept for it.
 """
 
 import faulthandler
@@ -34,14 +36,20 @@ TICK = 1 / 45  # of it, between two looks
 STACKS = signal.SIGUSR2  # asks the rank where it is
 STACKS_SECONDS = 0.5
 
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+asked = bytearray()  # the numbers of those that have come
+
 _child: tuple[int, int] | None = None  # its number, and where it is written to
 
 
 def begin() -> None:
-    """Watch this process, which has not started any thread; where there is no /proc, do nothing."""
+    """Keep signals for the run, and watch this process, which has not started any thread; where
+    /proc does not tell of it, or not of the bytes that it reads, do not."""
     global _child
+    for number in SIGNALS:
+        signal.signal(number, lambda number, _: asked.append(number))
     patience = _patience(sys.argv[1:])
-    if patience == 0 or not (PROC / "self" / "stat").exists():
+    if patience == 0 or not os.access(PROC / "self" / "io", os.R_OK):
         return
     faulthandler.register(STACKS, sys.__stderr__ or 2)
     rank = os.getpid()
@@ -97,7 +105,8 @@ def _patience(arguments: list[str]) -> float:
 
 def _watch(rank: int, reads: int, patience: float) -> None:
     """Until the rank ends; what it writes is its patience."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: it ends with the rank
+    for number in (signal.SIGINT, *SIGNALS):  # of a terminal or a whole job: it ends with the rank
+        signal.signal(number, signal.SIG_IGN)
     idle, last = 0.0, time.monotonic()
     before = work_of(rank, but=os.getpid())
     while before is not None:

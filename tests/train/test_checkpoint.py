@@ -211,6 +211,23 @@ def test_tensors_that_were_not_written_are_not_read(tiny: Tiny) -> None:
         load_model(folder, "cpu")
 
 
+@pytest.mark.parametrize("absolute", [True, False])
+def test_a_manifest_reaches_no_further_than_its_folder(
+    tiny: Tiny, absolute: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save(tiny(), 1)
+    outside = folder.parent / "secret"
+    outside.write_text("secret")
+    name = str(outside) if absolute else "../secret"
+    manifest = folder / "manifest.json"
+    files = json.loads(manifest.read_text())["files"]
+    files[name] = {"bytes": 6, "sha256": hashlib.sha256(b"secret").hexdigest()}
+    manifest.write_text(json.dumps({"files": files}))
+    monkeypatch.setattr("hashlib.file_digest", lambda *_: pytest.fail("a file was read"))
+    with pytest.raises(UserError, match=f"; {name}: expected a file of this folder$"):
+        load_model(folder, "cpu")
+
+
 def test_the_manifest_holds_size_and_hash_of_every_other_file(tiny: Tiny) -> None:
     folder = save(tiny(), 1)
     files = json.loads((folder / "manifest.json").read_text())["files"]

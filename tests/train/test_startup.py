@@ -194,6 +194,15 @@ def test_a_hang_timeout_of_zero_is_for_ever(start: Start) -> None:
     assert "ChildProcessError" in process.communicate()[1]
 
 
+def test_where_too_little_is_told_nothing_watches(start: Start, tmp_path: Path) -> None:
+    """The bytes that are read are kept secret of some, or not counted at all."""
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self" / "stat").touch()
+    proc = f"from pathlib import Path\nstartup.PROC = Path({str(tmp_path)!r})\nstartup.begin"
+    process = start("-c", BEGIN.replace("startup.begin", proc) + "os.waitpid(-1, 0)")
+    assert "ChildProcessError" in process.communicate()[1]
+
+
 def test_the_timeout_is_read_before_there_is_a_parser() -> None:
     from lst.train.startup import _patience
 

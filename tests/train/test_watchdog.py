@@ -63,6 +63,7 @@ run_command(main)
 """
 NOWHERE = ("lst.train.loop", "backward", 0, "")
 HANG = "time.sleep(10_000)"
+HANG_LOCKED = "import ctypes; ctypes.PyDLL(None).read(os.pipe()[0], b' ', 1)"  # Python's lock
 
 
 @pytest.fixture
@@ -562,10 +563,32 @@ def test_a_rank_that_hangs_with_pythons_lock_before_its_first_step_is_done_is_en
     tiny: Tiny, job: Job, place: str
 ) -> None:
     """No thread of its own can run."""
-    hang = "import ctypes; ctypes.PyDLL(None).read(os.pipe()[0], b' ', 1)"
     module, name = place.split(".")
-    where = (f"lst.train.{module}", name, 1, hang)
+    where = (f"lst.train.{module}", name, 1, HANG_LOCKED)
     ranks = job(endless(tiny, 3.0), patched=where, first=FROM_BESIDE)
+    assert ranks.codes == [-signal.SIGKILL]
+    assert "hangs as it starts: nothing done for 3 s\n" in ranks.printed()
+
+
+@needs_proc
+def test_signals_that_come_as_the_command_imports_or_after_the_run_end_it_with_code_0(
+    tiny: Tiny, job: Job
+) -> None:
+    config = endless(tiny, 45.0)
+    kill = "import os, signal; os.kill(os.getpid(), signal.{})\n"
+    first, then = FROM_BESIDE + kill.format("SIGUSR1"), kill.format("SIGTERM") * 2
+    ranks = job(config, ranks=2, first=first, then=then)
+    assert ranks.codes == [0, 0], ranks.printed()
+    got = json.loads((config.out / "status.json").read_text())
+    assert (got["state"], got["signal"], got["step"]) == ("stopped", "SIGUSR1", 0)
+    assert ranks.printed(0).count("SIGUSR1: stopped after step 0; go on by: ") == 1
+
+
+@needs_proc
+def test_a_rank_that_hangs_though_its_job_was_asked_to_stop_is_ended(tiny: Tiny, job: Job) -> None:
+    """What watches it from beside outlives a signal to all processes."""
+    where = ("lst.train.distributed", "_device", 1, "os.killpg(0, signal.SIGTERM); " + HANG_LOCKED)
+    ranks = job(endless(tiny, 3.0), patched=where, first="import os; os.setpgrp()" + FROM_BESIDE)
     assert ranks.codes == [-signal.SIGKILL]
     assert "hangs as it starts: nothing done for 3 s\n" in ranks.printed()
 
