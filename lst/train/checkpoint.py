@@ -227,6 +227,9 @@ def remove_left_overs(out: Path) -> None:
 def _remove(folder: Path) -> None:
     """Remove a folder, which is never seen there in part."""
     with writing(folder):
+        if folder.is_symlink():  # somebody keeps it elsewhere
+            folder.unlink()
+            return
         if not folder.exists():
             return
         if not folder.name.startswith("."):

@@ -279,6 +279,24 @@ def test_the_newest_are_kept_and_every_nth(
     assert sorted(path.name for path in (config.out / "checkpoints").iterdir()) == expected
 
 
+def test_of_checkpoints_that_are_kept_elsewhere_only_the_links_go(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    """One that is old, and one that is in the way of a new one, as it is not there any more."""
+    config, elsewhere = tiny(keep=1), tmp_path / "elsewhere"
+    first = save(config, 1)
+    first.rename(elsewhere)
+    first.symlink_to(elsewhere)
+    load_model(config.out, "cpu")
+    names = sorted(path.name for path in elsewhere.rglob("*"))
+    second = first.with_name("step-00000002")
+    second.symlink_to(tmp_path / "nowhere")
+    save(config, 2)
+    assert list(first.parent.iterdir()) == [second]
+    assert not second.is_symlink()
+    assert sorted(path.name for path in elsewhere.rglob("*")) == names
+
+
 def test_a_newer_one_that_is_damaged_does_not_push_out_a_good_one(tiny: Tiny) -> None:
     config = tiny(keep=1)
     save(config, 8)
