@@ -118,7 +118,7 @@ def work(
         run = prepare(config, world, status, watch, interrupt, resume=resume)
         stack.callback(run.log.close)
         stack.callback(run.checkpoints.close)
-        stack.callback(run.profiler.close)
+        stack.callback(end_profile, run)
         stack.callback(watch.now, "the last checkpoint and log", slow=True)
         take_steps(run, interrupt)
         if config.evaluate:
@@ -348,14 +348,24 @@ def take_step(
         grad_norm=grad_norm,
         skipped=run.state.skipped,
     )
+    profile_step(run)
+    run.watch.stepped()
+    tell_anomalies(run, loss, grad_norm, partial(global_records, micro_batches, sums))
+    return stop
+
+
+def profile_step(run: Run) -> None:
     if run.profiler.writes:
         run.watch.now("the profile", slow=True)
     told = run.profiler.after()
     if told is not None:
-        log.say(told)
-    run.watch.stepped()
-    tell_anomalies(run, loss, grad_norm, partial(global_records, micro_batches, sums))
-    return stop
+        run.log.say(told)
+
+
+def end_profile(run: Run) -> None:
+    told = run.profiler.close()
+    if told is not None:
+        run.log.say(told)
 
 
 def tell_anomalies(

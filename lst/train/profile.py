@@ -18,10 +18,12 @@ import torch
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
 
+from lst.errors import UserError
 from lst.train.run_folder import PROFILE, write_json, writing
 
 SKIPPED = 3  # steps before the recorded ones; then one that warms the profiler itself up
 ACTIVE = 3
+STEPS = SKIPPED + 1 + ACTIVE
 LISTED = 40  # operations in the summary
 MEMORY_EVENTS = 200_000
 
@@ -34,7 +36,7 @@ class Profiler:
 
     def __init__(self, out: Path, device: torch.device, *, active: bool) -> None:
         self.folder, self.device = out / PROFILE, device
-        self.remaining = SKIPPED + 1 + ACTIVE if active else 0
+        self.remaining = STEPS if active else 0
         self.profiler: torch_profile | None = None
 
     @property
@@ -57,39 +59,53 @@ class Profiler:
             torch.cuda.memory._record_memory_history(max_entries=MEMORY_EVENTS)
 
     def after(self) -> str | None:
-        """A step is done; a line to tell once everything is written."""
-        if not self.remaining:
-            return None
+        """A step is done; a line to tell once everything is written, or cannot be."""
+        told = None
         if self.profiler is not None:
             if self.writes:
-                self._write(self.profiler)
+                told = self._write(self.profiler)
             else:
                 self.profiler.step()
-        self.remaining -= 1
-        return None if self.remaining else f"{ACTIVE} steps are profiled in {self.folder}"
+        self.remaining = max(0, self.remaining - 1)
+        return told
 
-    def _write(self, profiler: torch_profile) -> None:
-        with writing(self.folder):
-            self.folder.mkdir(exist_ok=True)
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-                _replacing(
-                    self.folder / "memory.pickle",
-                    lambda path: torch.cuda.memory._dump_snapshot(path),
-                )
-                torch.cuda.memory._record_memory_history(enabled=None)
-            profiler.stop()
-            _replacing(self.folder / "trace.json", profiler.export_chrome_trace)
-        write_json(self.folder / "summary.json", summarise(profiler, self.device, ACTIVE))
+    def _write(self, profiler: torch_profile) -> str:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        profiler.stop()
         self.profiler = None
+        try:
+            with writing(self.folder):
+                self.folder.mkdir(exist_ok=True)
+                if self.device.type == "cuda":
+                    _replacing(
+                        self.folder / "memory.pickle",
+                        lambda path: torch.cuda.memory._dump_snapshot(path),
+                    )
+                _replacing(self.folder / "trace.json", profiler.export_chrome_trace)
+            write_json(self.folder / "summary.json", summarise(profiler, self.device, ACTIVE))
+        except UserError as error:
+            for part in self.folder.glob(".*"):
+                part.unlink()
+            return f"{error}; the run goes on"
+        finally:
+            self._forget_memory()
+        return f"{ACTIVE} steps are profiled in {self.folder}"
 
-    def close(self) -> None:
-        """Stop recording where a run ends before the steps are over."""
+    def close(self) -> str | None:
+        """Stop recording where a run ends before the steps are over; a line that says so."""
         if self.profiler is not None:
             self.profiler.stop()
-            if self.device.type == "cuda":
-                torch.cuda.memory._record_memory_history(enabled=None)
             self.profiler = None
+            self._forget_memory()
+        if not self.remaining:
+            return None
+        taken = STEPS - self.remaining
+        return f"--profile: expected {STEPS} steps to be taken, got {taken}; nothing is recorded"
+
+    def _forget_memory(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.memory._record_memory_history(enabled=None)
 
 
 def _replacing(path: Path, write: Any) -> None:
