@@ -442,9 +442,9 @@ class Watchdog:
         if not told:
             self._send({"end": reason, "stacks": stacks})
             # A disk that hangs does not hold up the end.
-            tell = threading.Thread(target=self._status.failed, args=(reason,), daemon=True)
-            tell.start()
-            tell.join(DISK_SECONDS)
+            saying = threading.Thread(target=self._status.failed, args=(reason,), daemon=True)
+            saying.start()
+            saying.join(DISK_SECONDS)
         if stacks:
             tell(f"rank {self._rank} was here:", sys.stderr)
             faulthandler.dump_traceback(sys.__stderr__ or 2)
