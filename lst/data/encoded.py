@@ -159,7 +159,7 @@ class EncodedDataset:
         opened = self._shards[shard]
         if opened is None:
             rows = self._first_rows[shard + 1] - self._first_rows[shard]
-            opened = self._shards[shard] = _Shard(self._paths[shard], rows)
+            opened = self._shards[shard] = _Shard(self._paths[shard], rows, self._num_pieces)
         return opened
 
     def _place(self, index: int) -> tuple[int, int]:
@@ -175,12 +175,15 @@ class EncodedDataset:
 class _Shard:
     """A file mapped into memory: offsets and values of each column as NumPy views."""
 
-    def __init__(self, path: Path, rows: int) -> None:
+    def __init__(self, path: Path, rows: int, num_pieces: int) -> None:
         self._path = path
         try:
             with pa.memory_map(str(path)) as file:
                 table = pa.ipc.open_file(file).read_all()
+            if table.schema != _schema(num_pieces):
+                raise ValueError("other columns")
             (batch,) = table.to_batches()
+            batch.validate(full=True)  # checksums are of content: offsets are followed to it
             columns = {name: batch.column(name) for name in _LISTS}
             self._checksums = memoryview(batch.column("checksum").to_numpy())
             ids = batch.column("id").cast(pa.binary())
@@ -188,7 +191,7 @@ class _Shard:
             self._ids = memoryview(offsets).cast("i")[ids.offset :], memoryview(values or b"")
         except FileNotFoundError:
             raise UserError(f"{path}: was removed while a run reads it; start it again") from None
-        except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
             raise _damaged(f"{path}", str(error)) from None
         if len(ids) != rows:
             raise _damaged(f"{path}", f"{len(ids)} records for {rows}")
@@ -244,28 +247,32 @@ def _damaged(where: str, got: str) -> UserError:
 _LISTS = ("text", "units", "words", "aligned", "pieces", "cuts")
 
 
-def _write(path: Path, records: Iterator[EncodedRecord], num_pieces: int) -> None:
+def _schema(num_pieces: int) -> pa.Schema:
     piece = pa.uint16() if num_pieces <= 1 << 16 else pa.int32()
     types = dict.fromkeys(_LISTS, pa.int32()) | {
         "text": piece,
         "pieces": piece,
         "units": pa.int16(),
     }
-    rows: dict[str, list[Any]] = {name: [] for name in ("id", "checksum", *_LISTS)}
+    lists = {name: pa.list_(kind) for name, kind in types.items()}
+    return pa.schema({"id": pa.string(), "checksum": pa.uint32(), **lists})
+
+
+def _write(path: Path, records: Iterator[EncodedRecord], num_pieces: int) -> None:
+    schema = _schema(num_pieces)
+    rows: dict[str, list[Any]] = {name: [] for name in schema.names}
     for record in records:
         checksum = 0
-        for name, kind in types.items():
+        for name in _LISTS:
             part = getattr(record, name)
             if part is not None:
+                kind = schema.field(name).type.value_type
                 part = part.astype(kind.to_pandas_dtype()).ravel()
                 checksum = zlib.crc32(part.data, checksum)
             rows[name].append(part)
         rows["id"].append(record.id)
         rows["checksum"].append(zlib.crc32(record.id.encode(), checksum))
-    arrays = {name: pa.array(rows[name], pa.list_(kind)) for name, kind in types.items()}
-    table = pa.table(
-        {"id": pa.array(rows["id"]), "checksum": pa.array(rows["checksum"], pa.uint32()), **arrays}
-    )
+    table = pa.table(rows, schema=schema)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:

@@ -214,6 +214,26 @@ def test_a_damaged_file_is_named_with_the_record(corpus, cache):
         encoded[1]
 
 
+def test_damage_anywhere_in_a_file_is_named_or_changes_nothing(corpus, cache):
+    """Nor does it crash: what says where the content is has no checksum of its own."""
+    dataset = Dataset.open(corpus.folder / "train" / "bare")
+    EncodedDataset(dataset, corpus.tokenizer)
+    (path,) = cache.iterdir()
+    content = path.read_bytes()
+    whole = [encode_record(dataset[row], corpus.tokenizer) for row in range(3)]
+    for place in range(0, len(content), 3):
+        path.unlink()  # what is mapped stays as it is
+        path.write_bytes(content[:place] + bytes([content[place] ^ 0x44]) + content[place + 1 :])
+        damaged = EncodedDataset(dataset, corpus.tokenizer)
+        for row in range(3):
+            try:
+                got = damaged[row]
+            except UserError as error:
+                assert str(error).startswith(str(path))  # noqa: PT017
+            else:
+                same(got, whole[row])
+
+
 @pytest.mark.parametrize("keep", [0, 8, 0.5, 0.99])
 def test_a_truncated_file_is_named(corpus, cache, keep):
     dataset = Dataset.open(corpus.folder / "train" / "bare")
