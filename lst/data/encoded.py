@@ -273,7 +273,8 @@ def _write(path: Path, records: Iterator[EncodedRecord], num_pieces: int) -> Non
         rows["id"].append(record.id)
         rows["checksum"].append(zlib.crc32(record.id.encode(), checksum))
     table = pa.table(rows, schema=schema)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    # In containers that share a cache processes have the same numbers.
+    temporary = path.with_suffix(f".{os.uname().nodename}-{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             with pa.ipc.new_file(file, table.schema) as writer:

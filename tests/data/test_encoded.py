@@ -6,6 +6,7 @@ import pickle
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -188,6 +189,19 @@ def test_a_file_that_could_not_be_written_is_not_there(corpus, cache, monkeypatc
     with pytest.raises(UserError, match=r"cache: could not be written \(No space left .*LST_CACHE"):
         EncodedDataset(dataset, corpus.tokenizer)
     assert list(cache.iterdir()) == []
+
+
+def test_machines_that_share_a_cache_do_not_write_the_same_file(corpus, cache, monkeypatch):
+    seen = set()
+    monkeypatch.setattr(lst.data.encoded.os, "fsync", lambda _: seen.update(cache.glob("*.tmp")))
+    dataset = Dataset.open(corpus.folder / "train" / "bare")
+    for name in ("node-1.cluster", "node-2.cluster"):
+        machine = SimpleNamespace(nodename=name)
+        monkeypatch.setattr(lst.data.encoded.os, "uname", lambda machine=machine: machine)
+        EncodedDataset(dataset, corpus.tokenizer)
+        (path,) = cache.iterdir()
+        path.unlink()
+    assert len(seen) == 2
 
 
 def test_a_cache_that_is_no_folder_is_one_line(corpus, tmp_path, monkeypatch):
