@@ -10,6 +10,7 @@ torch where they can be had (threads.cpp), and give the same bits for every numb
 import ctypes
 import functools
 import os
+import struct
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -545,12 +546,27 @@ def _torch_team() -> ctypes.c_void_p | None:
         return None
 
 
+def _is_cut_short(path: Path) -> bool:
+    """Whether an ELF file ends before its last part, the table of sections, does. Loading it then
+    ends the process by a signal, as nothing else that may be wrong with a file does."""
+    with path.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or not header.startswith(b"\x7fELF\x02"):
+        return False
+    order = "<" if header[5] == 1 else ">"
+    (table,) = struct.unpack_from(order + "Q", header, 40)
+    entry_size, num_entries = struct.unpack_from(order + "HH", header, 58)
+    return path.stat().st_size < table + entry_size * num_entries
+
+
 @functools.cache
 def _load(path: Path) -> ctypes.CDLL | str:
     """Load the library, or say why not. Cached: the answer holds for the life of the process."""
     remedy = "reinstall lst where there is a C++17 compiler"
     if not path.exists():
         return f"the native library was not built; {remedy}"
+    if _is_cut_short(path):
+        return f"the native library is cut short; {remedy}"
     try:
         library = ctypes.CDLL(str(path))
         version = library.lst_abi_version()
