@@ -14,6 +14,7 @@ What this tree has not committed is measured, too: it is the tree that runs.
 
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -106,6 +107,8 @@ def checked_out(revision: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="lst-compare-") as folder:
         tree = Path(folder) / "base"
         _git("worktree", "add", "--quiet", "--detach", str(tree), revision)
+        # A comparison that is ended gives its worktree back, too.
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         try:
             build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
             done = subprocess.run(build, cwd=tree, capture_output=True, text=True, check=False)
@@ -117,6 +120,7 @@ def checked_out(revision: str) -> Iterator[Path]:
             yield tree
         finally:
             _git("worktree", "remove", "--force", str(tree))
+            signal.signal(signal.SIGTERM, before)
 
 
 def _git(*arguments: str) -> None:

@@ -1,5 +1,7 @@
 """A slowdown beyond noise is told, noise is not, and both revisions run what is theirs."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +131,17 @@ def test_what_is_not_committed_is_compared_and_what_fails_is_named(repository, c
     file.write_text(FAILING)
     with pytest.raises(UserError, match=r"no benchmark was timed in this tree: [^\n]*$"):
         compare.compare("HEAD", ["test_wait.py", "--benchmark-only"], rounds=1)
+
+
+def test_a_comparison_that_is_ended_leaves_no_worktree(repository):
+    ended = f"import os, signal\nos.kill({os.getpid()}, signal.SIGTERM)\nsignal.pause()\n"
+    (repository / "test_wait.py").write_text(ended)
+    with pytest.raises(SystemExit, match="143"):
+        compare.compare("HEAD", ["test_wait.py", "--benchmark-only"], rounds=1)
+    trees = ["git", "worktree", "list"]
+    listed = subprocess.run(trees, cwd=repository, capture_output=True, text=True, check=True)
+    assert len(listed.stdout.splitlines()) == 1
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_a_library_that_is_not_built_is_one_line(repository):
