@@ -100,6 +100,59 @@ def test_the_table_of_the_readme_is_of_its_result_file():
         ]
 
 
+def test_the_conditions_of_the_readme_are_those_of_its_result_file():
+    demo = result("demo-intel-xeon-processor-2026-11-21.json")
+    corpus, machine = demo["corpus"], demo["machine"]
+    run = next(run for run in demo["runs"] if run["preset"] == "demo")
+    minutes, seconds = divmod(round(run["seconds"]), 60)
+    items = {score["num_items"] for each in demo["runs"] for score in each["story_completion"]}
+    words = " ".join((ROOT / "README.md").read_text().split())
+    for told in (
+        f"torch {machine['torch'].partition('+')[0]}, commit {machine['commit']}, other work",
+        f"{corpus['seconds']:.0f} s for the corpus ({corpus['settings']['hours']:.0f} hours of "
+        "speech, "
+        f"{corpus['settings']['text_tokens'] // 10**6} million text tokens), "
+        f"{minutes} min {seconds} s for {run['steps']:,} steps",
+        f"{items.pop()} held-out stories a task",
+    ):
+        assert told in words
+    assert not items
+    assert machine["load"] > 2  # other work
+
+
+def test_what_the_page_on_transcribing_says_is_in_its_result_file():
+    runs = result("asr-intel-xeon-processor-2026-11-21.json")["runs"]
+    points = {
+        (run["preset"], point["set"], point["step"]): point
+        for run in runs
+        for point in run["points"]
+    }
+    words = " ".join((DOCS / "asr-tts.md").read_text().split())
+    steps = {step for _, _, step in points}
+    for said in ("valid/speech", "valid/voice"):
+        lst, base = (points[name, said, max(steps)] for name in ("demo", "demo-baseline"))
+        half = points["demo", said, max(steps) // 2]
+        share = lst["units_per_second_of_speech"] / base["units_per_second_of_speech"]
+        assert f"needs {share:.1f} of the units" in words
+        assert round(lst["hours_heard"] / base["hours_heard"]) == 3, "three times as much speech"
+        assert round(lst["training_flops"] / base["training_flops"]) == 2, "twice the FLOPs"
+        for rate, bound in zip(half["scores"], base["scores"], strict=True):
+            assert abs(rate["rate"] - bound["rate"]) < 0.02, "is about that of the token-level"
+
+
+def test_speeds_are_told_by_the_performance_page_alone():
+    """It is made from result files; a rate or a ratio of times in prose would be from none."""
+    speed = r"\d ?(?:[kMGT]i?B/s|[GT]FLOP/s|(?:tokens|units|steps|hours)(?:/s| a second)|"
+    speed += r"(?:×|times|%|per cent) (?:faster|slower))"
+    found = {
+        page.name: re.findall(rf".*{speed}.*", page.read_text())
+        for page in PAGES
+        if page.name != "performance.md"
+    }
+    assert {name: lines for name, lines in found.items() if lines} == {}
+    assert re.search(speed, (DOCS / "performance.md").read_text())
+
+
 def test_the_table_of_the_data_page_is_of_its_result_file():
     measured = result("alignment-intel-xeon-processor-2026-11-21.json")
     page = DOCS / "data.md"
