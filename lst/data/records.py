@@ -28,6 +28,7 @@ from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lst.errors import UserError
@@ -172,6 +173,8 @@ def validate_record(record: Record, num_units: int, where: str) -> None:
         bad = np.flatnonzero((units < 0) | (units >= num_units))
         if len(bad):
             fail(f"expected units in [0, {num_units}), got {units[bad[0]]} at frame {bad[0]}")
+    if not all(isinstance(word.word, str) for word in record.words or ()):
+        fail("expected words that are written, got one that is null")
     aligned: dict[str, Sequence[Word | Span] | None]
     aligned = {"word": record.words, "character": record.chars}
     for kind, spans in aligned.items():
@@ -680,7 +683,7 @@ def _read_columns(folder: Location, shard: ShardInfo, num_units: int) -> _Column
     columns = _Columns(
         table=table,
         units=units,
-        unit_values=units.values.to_numpy(zero_copy_only=False),
+        unit_values=_numbers(units.values),
         words=words,
         word_strings=words.values.field("word"),
         word_spans=_spans(words.values),
@@ -693,13 +696,27 @@ def _read_columns(folder: Location, shard: ShardInfo, num_units: int) -> _Column
     return columns
 
 
+def _numbers(values: pa.Array) -> np.ndarray:
+    return pc.fill_null(values, -1).to_numpy()  # what is null is not valid either
+
+
 def _spans(values: pa.StructArray) -> np.ndarray:
-    ends = [values.field(name).to_numpy(zero_copy_only=False) for name in ("start", "stop")]
+    ends = [_numbers(values.field(name)) for name in ("start", "stop")]
     return np.stack(ends, axis=1).astype(np.int32)
 
 
 def _columns_are_valid(columns: _Columns, num_units: int) -> bool:
-    """What validate_record checks of units, words and characters, for a whole shard at once."""
+    """What validate_record checks, for a whole shard at once."""
+    ids, texts = columns.table.column("id"), columns.table.column("text")
+    if pc.min(pc.binary_length(ids)).as_py() == 0:
+        return False
+    if np.any(columns.units.null & texts.is_null().to_numpy()):
+        return False
+    if columns.word_strings.null_count:
+        return False
+    letters = pc.fill_null(pc.utf8_length(texts), -1).to_numpy()
+    if np.any(~columns.chars.null & (letters >= 0) & (np.diff(columns.chars.offsets) != letters)):
+        return False
     units = columns.unit_values
     if len(units) and (units.min() < 0 or units.max() >= num_units):
         return False

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -164,13 +165,24 @@ def test_bad_record_is_refused_with_file_row_and_id(tmp_path, bad, message):
         write(tmp_path, [record(), bad])
 
 
-@pytest.mark.parametrize("name", ["unit", "overlap", "past", "backwards"])
-def test_bad_record_of_another_writer_is_found_when_read(tmp_path, monkeypatch, name):
-    bad, message = BAD_RECORDS[name]
+# Those that Parquet can hold and a Record of numbers cannot.
+NULLS = {
+    "null unit": (replace(record(), units=[1, None, 3, 4]), "got -1 at frame 1"),
+    "null word": (replace(record(), words=(Word(None, 0, 1),)), "words that are written, got one"),
+    "null start": (replace(record(), words=(Word("hi", None, 1),)), r"word 0 \[-1, 1\) overlaps"),
+}
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"), (BAD_RECORDS | NULLS).values(), ids=BAD_RECORDS | NULLS
+)
+def test_bad_record_of_another_writer_is_found_when_read(tmp_path, monkeypatch, bad, message):
     monkeypatch.setattr("lst.data.records.validate_record", lambda *_: None)
     dataset = write(tmp_path, [record("r0"), record("r1"), bad])
     monkeypatch.undo()
-    with pytest.raises(UserError, match=rf"shard-00000\.parquet, row 2, record 'r0': .*{message}"):
+    with pytest.raises(
+        UserError, match=rf"shard-00000\.parquet, row 2, record '{bad.id}': .*{message}"
+    ):
         dataset[0]
 
 
