@@ -128,9 +128,16 @@ class EncodedDataset:
         self._first_rows = [0, *accumulate(shard.rows for shard in shards)]
         self._shards: list[_Shard | None] = [None] * len(shards)
 
+        def encoded(shard: int) -> Iterator[EncodedRecord]:
+            for row, record in enumerate(dataset.read_shard(shard)):
+                try:
+                    yield encode_record(record, tokenizer, by)
+                except UserError as error:
+                    where = f"{self._names[shard]}, row {row}, record {record.id!r}"
+                    raise UserError(f"{where}: {error}") from None
+
         def make(shard: int) -> None:
-            records = (encode_record(each, tokenizer, by) for each in dataset.read_shard(shard))
-            _write(self._paths[shard], records, tokenizer.num_pieces)
+            _write(self._paths[shard], encoded(shard), tokenizer.num_pieces)
 
         _make_missing(self._paths, make, f"{dataset.folder}")
 

@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -188,6 +189,28 @@ def test_a_file_that_could_not_be_written_is_not_there(corpus, cache, monkeypatc
     dataset = Dataset.open(corpus.folder / "train" / "text")
     with pytest.raises(UserError, match=r"cache: could not be written \(No space left .*LST_CACHE"):
         EncodedDataset(dataset, corpus.tokenizer)
+    assert list(cache.iterdir()) == []
+
+
+def test_a_record_that_the_tokenizer_changes_is_named(tmp_path, cache):
+    from sentencepiece import SentencePieceTrainer
+
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(LINES * 20),
+        model_prefix=str(tmp_path / "nfkc"),
+        model_type="bpe",
+        vocab_size=60,
+        minloglevel=2,
+    )
+    with RecordWriter(tmp_path / "speech", codebook=None, tokenizer=None, num_units=1) as writer:
+        writer.write(spoken(["the"]))
+        writer.write(replace(spoken(["\ufb01n"]), id="ligature"))
+    dataset = Dataset.open(tmp_path / "speech")
+    where = (
+        r"speech/shard-00000\.parquet, row 1, record 'ligature': tokenizer: expected one that ke"
+    )
+    with pytest.raises(UserError, match=where):
+        EncodedDataset(dataset, Tokenizer.load(tmp_path / "nfkc.model"), "pieces")
     assert list(cache.iterdir()) == []
 
 
