@@ -42,6 +42,7 @@ SAMPLE_RATE = 16_000
 #: What libsndfile reads.
 AUDIO_SUFFIXES = (".aif", ".aiff", ".flac", ".mp3", ".ogg", ".opus", ".wav")
 MAX_RATE = 768_000  # a header that says more is damaged
+MAX_SAMPLES = 1 << 48  # libsndfile says 2^63 - 1 where it does not know
 MAX_PAGE = 27 + 255 + 255 * 255  # bytes of Ogg
 MAX_SECONDS = 1e9  # in which a manifest may place a stretch of audio
 
@@ -122,6 +123,8 @@ class AudioReader:
         missing = _missing_end(path, file.extra_info)
         if missing:
             raise AudioError(f"{path}: cut short ({missing})")
+        if file.frames > MAX_SAMPLES:
+            raise AudioError(f"{path}: its header does not say how long it is, as one from a pipe")
         columns = list(range(file.channels) if channels is None else channels)
         if not columns or not set(columns) <= set(range(file.channels)):
             raise AudioError(f"{path}: expected channels {columns}, got {file.channels} channels")
@@ -269,6 +272,9 @@ def _missing_end(path: Path, log: str) -> str | None:
         said, there = int(found[1]), int(found[2])
         if there < said < 0x7FFF0000:
             return f"{said} bytes by its header, {there} in the file"
+    found = re.search(r"count (\d+) does not match value from 'ds64' chunk of (\d+)", log)
+    if found and int(found[1]) < int(found[2]):
+        return f"{found[2]} samples by its header, {found[1]} in the file"
     if "lacks an end-of-stream bit" in log:
         return "its last Ogg page is missing"
     if "Junk after the last page" in log and _is_cut_page(path):

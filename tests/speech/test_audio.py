@@ -114,6 +114,26 @@ def test_an_ogg_file_cut_in_its_last_page_is_refused(tmp_path, missing):
         read_audio(path)
 
 
+def test_a_large_wav_cut_short_is_refused(tmp_path):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, noise(48_000), 16_000, format="RF64", subtype="PCM_16")
+    assert len(read_audio(path)) == 48_000
+    cut(path, 0.9)
+    with pytest.raises(AudioError, match=r"a\.wav: cut short \(48000 samples by its header, 43"):
+        read_audio(path)
+
+
+def test_a_flac_file_that_does_not_say_how_long_it_is_is_refused(tmp_path):
+    path = tmp_path / "a.flac"
+    soundfile.write(path, noise(16_000), 16_000)
+    content = bytearray(path.read_bytes())
+    content[21] &= 0xF0  # 36 bits of STREAMINFO
+    content[22:26] = bytes(4)
+    path.write_bytes(content)
+    with pytest.raises(AudioError, match=r"a\.flac: its header does not say how long it is"):
+        read_audio(path)
+
+
 def test_a_file_written_to_a_pipe_has_no_length_in_its_header_and_is_read(tmp_path):
     path = tmp_path / "a.wav"
     soundfile.write(path, noise(16_000), 16_000)
