@@ -272,9 +272,9 @@ def _missing_end(path: Path, log: str) -> str | None:
         said, there = int(found[1]), int(found[2])
         if there < said < 0x7FFF0000:
             return f"{said} bytes by its header, {there} in the file"
-    found = re.search(r"count (\d+) does not match value from 'ds64' chunk of (\d+)", log)
-    if found and int(found[1]) < int(found[2]):
-        return f"{found[2]} samples by its header, {found[1]} in the file"
+    counts = re.search(r"count (\d+) does not match value from 'ds64' chunk of (\d+)", log)
+    if counts and int(counts[1]) < int(counts[2]):
+        return f"{counts[2]} samples by its header, {counts[1]} in the file"
     if "lacks an end-of-stream bit" in log:
         return "its last Ogg page is missing"
     if "Junk after the last page" in log and _is_cut_page(path):
