@@ -14,6 +14,7 @@ if __name__ == "__main__":
     startup.begin()  # all that follows takes seconds, or for ever
 
 import os
+import signal
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -179,9 +180,8 @@ def main() -> None:
             raise SharedError(str(error)) from None
         if plan is None:
             train(command.config, resume=command.resume is not None)
-            _let_go_of_lines()
         elif launched_rank() == 0:
-            print(plan)
+            print(plan, flush=True)
     except (SharedError, SystemExit) as error:
         if launched_rank() == 0 or (isinstance(error, SystemExit) and not error.code):
             raise
@@ -190,9 +190,11 @@ def main() -> None:
         raise SystemExit(2) from None
 
 
-def _let_go_of_lines() -> None:
-    """A run that ends well does so where the disk of its log is full: Python's exit code is 120
-    where it cannot print what is left."""
+def _end_well() -> None:
+    """What comes as Python ends does not change the exit code of a run that ended well: a signal,
+    or a disk that still refuses what is left of the log."""
+    for number in startup.SIGNALS:  # handlers of ours are taken away first
+        signal.signal(number, signal.SIG_IGN)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -202,3 +204,4 @@ def _let_go_of_lines() -> None:
 
 if __name__ == "__main__":
     run_command(main)
+    _end_well()

@@ -234,3 +234,35 @@ def test_the_command_itself_leaves_with_code_2(tmp_path: Path) -> None:
     assert done.stdout == ""
     assert done.stderr.startswith(f"error: {tmp_path / 'no'}: expected a corpus folder")
     assert done.stderr.count("\n") == 1
+
+
+# The command; as Python ends, a signal comes once its handlers are gone.
+ENDING = """
+import os, runpy, signal
+
+class Late:
+    def __del__(self, os=os, number=signal.SIGTERM):
+        os.kill(os.getpid(), number)
+
+late = Late()
+runpy.run_module("lst.train", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_comes_as_python_ends_does_not_change_the_code_of_a_run_that_ended_well(
+    tiny: Tiny,
+) -> None:
+    """A second signal, and a log on a full disk."""
+    run = tiny(steps=1)
+    train(run)
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", ENDING, "--resume", str(run.out)],
+            stdout=full,
+            stderr=full,
+            timeout=60,
+            check=False,
+        )
+    assert done.returncode == 0
+    assert json.loads((run.out / "status.json").read_text())["state"] == "finished"
