@@ -145,6 +145,7 @@ def prepare(
     checkpoint = find_resumed(config, world) if resume else None
     with world.together():
         corpus, state, loader = open_data(config, world, checkpoint, resume=resume)
+    status.running(state.step, checkpoint)
     interrupt.poll(state.step, world)
     watch.now("building the model", slow=True)
     with torch.device("meta"):  # no rank need ever hold all of a large model

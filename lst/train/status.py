@@ -82,6 +82,8 @@ class Status:
         if self._rank == 0:
             if self._resume:
                 self._run_lock.take(self._out)
+                before = self._read()  # until it is known where the run goes on
+                self._values |= {k: before[k] for k in ("step", "checkpoint") if k in before}
             else:
                 create_run(self._config, self._run_lock)
         self._begun = True
@@ -135,10 +137,14 @@ class Status:
         """Whether another rank has, and has written so: this one began by "running"."""
         if not self._begun:
             return False
+        return self._read().get("state") == "failed"
+
+    def _read(self) -> dict[str, Any]:
+        """The file; empty where there is none that can be read."""
         try:
-            return bool(json.loads((self._out / STATUS).read_text())["state"] == "failed")
-        except (OSError, ValueError, KeyError):
-            return False
+            return dict(json.loads((self._out / STATUS).read_text()))
+        except (OSError, ValueError, TypeError):
+            return {}
 
     def _write(self, *, state: str, **values: Any) -> None:
         if not self._lock.acquire(timeout=LOCK_SECONDS):  # held by a thread whose disk hangs

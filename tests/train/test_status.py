@@ -96,6 +96,29 @@ def test_a_signal_before_the_first_step_ends_the_run_at_once_and_it_can_go_on(
     assert status(config)["state"] == "finished"
 
 
+@pytest.mark.parametrize("where", ["find_resumed", "rehearse"])
+@pytest.mark.parametrize("told", ["of this run", "of a step that is lost", "nothing"])
+def test_a_run_that_is_stopped_as_it_goes_on_still_says_where_it_stands(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, where: str, told: str
+) -> None:
+    config = tiny(steps=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "backward", before(loop.backward, ask))
+        train(config)
+    stood = status(config)
+    assert (stood["step"], stood["checkpoint"]) == (1, "checkpoints/step-00000001")
+    path = config.out / "status.json"
+    if told == "nothing":
+        path.unlink()
+    elif told == "of a step that is lost":
+        path.write_text(json.dumps(stood | {"step": 3, "state": "running"}))
+    monkeypatch.setattr(loop, where, before(getattr(loop, where), ask))
+    train(config, resume=True)
+    got = status(config)
+    assert (got["state"], got["signal"]) == ("stopped", "SIGTERM")
+    assert (got["step"], got["checkpoint"]) == (stood["step"], stood["checkpoint"])
+
+
 def test_a_signal_while_stories_are_completed_stops_and_they_are_when_resumed(
     tiny: Tiny, stories: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
