@@ -86,7 +86,7 @@ def explain(op: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> dict[str
     Raises:
         ValueError: there is no op, or no backend, of that name.
     """
-    name = op if isinstance(op, str) else op.__name__
+    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     if name not in _describe:
         raise ValueError(f"op must be one of {', '.join(_describe)}; got {name!r}")
     asked = kwargs.pop("backend", "auto")

@@ -132,8 +132,9 @@ class KeyRanges:
         if self.start[0] < 0:
             raise ValueError(f"start must not be negative; got {int(self.start[0])} at query 0")
         if self.stop[-1] > self.num_keys:
+            i = int((self.stop > self.num_keys).nonzero()[0])
             raise ValueError(
-                f"stop reaches {int(self.stop[-1])}, but there are {self.num_keys} keys"
+                f"stop reaches {int(self.stop[i])} at query {i}, but there are {self.num_keys} keys"
             )
 
     def transpose(self) -> "KeyRanges":

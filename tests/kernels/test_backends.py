@@ -106,8 +106,9 @@ def test_explain_gives_a_word_on_every_backend(table):
     assert explain("patch_pool", X, LAYOUT)["reference"] == "can run"
     assert explain(patch_expand, X[:2], LAYOUT)["quick"] == "chosen"
     assert "chosen" not in explain(patch_pool, X, LAYOUT, backend="absent").values()
-    with pytest.raises(ValueError, match="op must be one of"):
-        explain("patch_poll", X, LAYOUT)
+    for no_op in ("patch_poll", torch.relu, 3):
+        with pytest.raises(ValueError, match="op must be one of"):
+            explain(no_op, X, LAYOUT)
 
 
 def test_explain_takes_the_arguments_of_the_attention_ops():

@@ -304,7 +304,11 @@ def ranges_of(start, stop, num_keys=4):
             "stop must not decrease; at query 2 it falls from 3 to 2",
         ),
         (lambda: ranges_of([-1], [2]), ValueError, "start must not be negative; got -1"),
-        (lambda: ranges_of([0], [5]), ValueError, "stop reaches 5, but there are 4 keys"),
+        (
+            lambda: ranges_of([0, 0, 1], [4, 5, 6]),
+            ValueError,
+            "stop reaches 5 at query 1, but there are 4 keys",
+        ),
         (lambda: ranges_of([0], [0], -1), ValueError, "num_keys must not be negative; got -1"),
         (
             lambda: ranges_of([0], [1]).select_queries(torch.tensor([1])),
