@@ -139,6 +139,11 @@ def _audio(recording: Any) -> dict[str, Any]:
     for count in (recording.sampling_rate, recording.num_samples):
         if not isinstance(count, int):
             raise TypeError(f"{count!r} is no whole number")
+    if not isinstance(recording.duration, int | float):
+        raise TypeError(f"{recording.duration!r} is no number of seconds")
+    for each in recording.sources:
+        if not isinstance(each.source, str | bytes):  # a number would be an open file's
+            raise TypeError(f"{each.source!r} is no source of audio")
     return recording.to_dict()
 
 

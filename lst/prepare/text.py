@@ -118,9 +118,9 @@ def _parquet_records(part: Part, source: str) -> Outcomes:
         yield Skipped(part.path, f"cannot be read as Parquet ({' '.join(str(error).split())})")
         return
     for group, table in enumerate(tables, part.start):
-        for row, text in enumerate(table.column("text").to_pylist()):
-            try:
-                yield _record(f"{part.name}:{group}:{row}", text, source)
+        for row, text in enumerate(table.column("text")):
+            try:  # what is not UTF-8 shows as it is taken out
+                yield _record(f"{part.name}:{group}:{row}", text.as_py(), source)
             except ValueError as error:
                 yield Skipped(f"{part.path}, row group {group}, row {row}", str(error))
 

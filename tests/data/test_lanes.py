@@ -3,12 +3,14 @@
 import itertools
 import json
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from itertools import islice
 
 import numpy as np
 import pytest
+import torch
 
+from lst.data.batch import PlanConfig, make_batch
 from lst.data.encoded import EncodedDataset
 from lst.data.interleave import record_document, stable_rng
 from lst.data.lanes import Lane, LaneState, Source
@@ -17,6 +19,7 @@ from lst.data.patching import PatchingConfig, Static
 from lst.data.records import Dataset
 from lst.errors import UserError
 from lst.vocabulary import BOS, SPEECH, TEXT
+from lst_kernels import native
 
 STATIC = PatchingConfig(strategy="static")
 UNUSED = stable_rng("unused")
@@ -298,3 +301,42 @@ def test_a_state_of_other_data_is_refused(make_lane):
         next(make_lane().rows(replace(state, sources={**state.sources, "text": far})))
     with pytest.raises(UserError, match="expected the state of a lane, got"):
         LaneState.from_json({"row": 3})
+
+
+@pytest.mark.parametrize("text_path", ["local", "global"])
+@pytest.mark.parametrize("row_units", [MIN_ROOM, 17, 200])
+def test_batches_of_any_mixture_are_planned_alike_without_the_native_library(
+    corpus, make_lane, monkeypatch, row_units, text_path
+):
+    """Documents cut at every place, of one unit and of more than a row, and what is no speech."""
+    weights = {"text": 1.0, "speech": 1.0, "bare": 0.2, "speech:text-to-speech": 0.5}
+    plan = PlanConfig(slots=3, local_window=9, decoder_window=4, text_path=text_path)
+
+    def batches():
+        lanes = [
+            make_lane(number, weights, row_units=row_units, weights_in="units",
+                      patching=PatchingConfig(strategy="mixed", size=3, silence="merged"))
+            for number in range(4)
+        ]  # fmt: skip
+        streams = [lane.rows(lane.first_state()) for lane in lanes]
+        return [
+            make_batch([next(stream)[0] for stream in streams], corpus.vocabulary, plan, step=step)
+            for step in range(12)
+        ]
+
+    planned = batches()
+    monkeypatch.setattr(native, "LIBRARY", native.LIBRARY.with_name("absent"))
+    assert native.unavailable_reason() is not None
+    for one, other in zip(planned, batches(), strict=True):
+        assert_same(one, other)
+
+
+def assert_same(one, other):
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    elif is_dataclass(one):
+        for field in fields(one):
+            assert_same(getattr(one, field.name), getattr(other, field.name))
+    else:
+        assert one == other

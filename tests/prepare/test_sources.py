@@ -263,8 +263,19 @@ def test_what_lhotse_reads_and_nobody_understands_is_named_with_its_line(
     assert not (tmp_path / "made" / "plan.json").exists()
 
 
-@pytest.mark.parametrize("change", [{"sampling_rate": "fast"}, {"num_samples": None}], ids=str)
-def test_a_recording_without_a_rate_is_named_with_its_line(tmp_path, session, prepare, change):
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sampling_rate": "fast"},
+        {"num_samples": None},
+        {"duration": None},
+        {"sources": [{"type": "file", "channels": [0], "source": 3}]},
+    ],
+    ids=str,
+)
+def test_a_recording_that_nobody_can_read_is_named_with_its_line(
+    tmp_path, session, prepare, change
+):
     rows = [next(iter(session[0])).to_dict() | each for each in ({}, {"id": "b"} | change)]
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
     with pytest.raises(UserError, match=r"m\.jsonl, line 2, recording 'b': not as lhotse writes"):
@@ -614,6 +625,16 @@ def test_bad_lines_are_skipped_with_file_and_line(tmp_path):
     assert "expected an object" in skipped[1].reason
     assert "expected a text, got '3'" in skipped[2].reason
     assert "utf-8" in skipped[3].reason
+
+
+def test_a_row_that_is_not_utf_8_is_skipped_alone(tmp_path):
+    texts = pa.array([b"good", b"K\xe4se", b"fine"]).view(pa.string())
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    part = Part(name="a.parquet", path=str(tmp_path / "a.parquet"), stop=1)
+    good, skipped, fine = text_records(part, "s")
+    assert (good.text, fine.text) == ("good", "fine")
+    assert skipped.where == f"{tmp_path / 'a.parquet'}, row group 0, row 1"
+    assert "utf-8" in skipped.reason
 
 
 def test_a_text_file_that_cannot_be_read_is_skipped_and_listed(tmp_path, prepare):
