@@ -256,6 +256,8 @@ def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"k has head size {k.shape[2]}, but q has {q.shape[2]}")
     if not 1 <= q.shape[2] <= MAX_HEAD_DIM:
         raise ValueError(f"q has head size {q.shape[2]}; expected 1 to {MAX_HEAD_DIM}")
+    if q.shape[1] == 0:
+        raise ValueError(f"q must have heads; got shape {tuple(q.shape)}")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(
             f"k has {k.shape[1]} heads, which does not divide q's {q.shape[1]}; expected shapes "

@@ -248,18 +248,6 @@ def test_no_tokens_are_an_empty_result_of_the_wrappers_too(documents, backend):
             assert torch.autograd.grad(out.sum(), x)[0].shape == x.shape
 
 
-@pytest.mark.parametrize("backend", sorted({p.values[0] for p in RUNNABLE}))
-@pytest.mark.parametrize("pattern", ["encoder", "sliding"])
-def test_no_query_heads_are_an_empty_result(pattern, backend):
-    ranges = PATTERNS[pattern](make([[1, 3, 2], [1]]))
-    q = torch.zeros(ranges.num_queries, 0, 16, requires_grad=True)
-    k = torch.ones(ranges.num_keys, 2, 16, requires_grad=True)
-    out, lse = range_attention(q, k, k, ranges, return_lse=True, backend=backend)
-    assert (out.shape, lse.shape) == (q.shape, q.shape[:2])
-    for x, grad in zip((q, k), torch.autograd.grad(out.sum(), (q, k)), strict=True):
-        assert torch.equal(grad, torch.zeros_like(x))
-
-
 def test_one_query_over_two_keys_by_hand():
     ranges = KeyRanges(torch.tensor([1]), torch.tensor([3]), 3)
     q = torch.ones(1, 1, 1)
@@ -342,6 +330,7 @@ X = ones(5, 2, 16)
             "k has 3 heads, which does not divide q's 8",
         ),
         ((X, *[ones(5, 0, 16)] * 2), ValueError, "k has 0 heads, which does not divide q's 2"),
+        ((ones(5, 0, 16), X, X), ValueError, "q must have heads; got shape (5, 0, 16)"),
         (
             [X.int()] * 3,
             TypeError,

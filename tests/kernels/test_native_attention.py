@@ -386,6 +386,16 @@ def test_a_thread_without_memory_leaves_its_work_to_the_others(team: str):
     assert run.stdout == "lst_range_attention_backward: out of memory\nTrue\n"
 
 
+def test_no_heads_are_refused_by_the_library_itself():
+    """They once ended the process: the backward pass divides by their number."""
+    ranges = windows([5], 2)
+    q, k = torch.zeros(5, 0, 16), torch.ones(5, 2, 16)
+    with pytest.raises(ValueError, match="multiple of the number of key heads"):
+        native.range_attention(q, k, k, ranges, 1.0)
+    with pytest.raises(ValueError, match="multiple of the number of key heads"):
+        native.range_attention_backward(q, q, k, k, q, torch.zeros(5, 0), ranges, 1.0)
+
+
 PEAK = """
 from pathlib import Path
 import torch

@@ -125,7 +125,7 @@ bool takes_owned(const Attention& p, const Shape& shape) {
 const char* complaint(const Attention& p, const Shape& shape) {
   if (p.dtype < kFloat32 || p.dtype > kFloat64) return "dtype is not one that this library knows";
   if (p.head_dim < 1 || p.head_dim > 256) return "the head size must lie between 1 and 256";
-  if (p.num_kv_heads < 1 || p.num_heads % p.num_kv_heads != 0) {
+  if (p.num_heads < 1 || p.num_kv_heads < 1 || p.num_heads % p.num_kv_heads != 0) {
     return "the number of query heads must be a multiple of the number of key heads";
   }
   if (!shape.ordered) return "start and stop must never fall and must lie within the keys";
@@ -251,8 +251,7 @@ void run_tiled_backward(Attention p) {
   p.delta = delta.get();
   p.grad_q_sum = p.dtype == kBfloat16 ? sums.get() : p.grad_q;
 
-  const int64_t per_query = std::max<int64_t>(p.num_heads * p.head_dim, 1);
-  const int64_t queries_per_chunk = kElementsPerPart / per_query + 1;
+  const int64_t queries_per_chunk = kElementsPerPart / (p.num_heads * p.head_dim) + 1;
   const auto each_query = [&](void (*visit)(const Attention&, int64_t)) {
     lst::parallel_for(p.num_queries, queries_per_chunk, p.num_threads,
                       [&](int64_t first, int64_t last) {
