@@ -350,7 +350,7 @@ def measure_pooling(
                 [([z.clone().requires_grad_()], x) for x, z in zip(tokens, patches, strict=True)],
             )
             ids = layout.patch_ids if shift == 0 else layout.readable_ids
-            peers = {"indexing": lambda sets=sets, ids=ids: _indexing(sets, ids)}
+            peers = expanding_peers(sets, ids)
             _measure_rows(
                 report, timer, f"patch_expand shift {shift}, {name}", sets,
                 size + nbytes(ids), bandwidth, facts | {"op": "patch_expand"},
@@ -408,8 +408,17 @@ def pooling_peers(sets: Sets, layout: PatchLayout, reduce: str) -> dict[str, Cal
     }
 
 
-def _indexing(sets: Sets, ids: Tensor) -> Peer:
-    return Peer(Sets(lambda z: z[ids], sets.sets).both)
+def expanding_peers(sets: Sets, ids: Tensor) -> dict[str, Callable[[], Peer]]:
+    """Both say the same and differ in how they go back."""
+    whole = ids.long()
+    ways: dict[str, Function] = {
+        "indexing": lambda z: z[whole],
+        "index_select": lambda z: z.index_select(0, whole),
+    }
+    return {
+        name: lambda way=way: Peer(Sets(way, sets.sets).both)  # type: ignore[misc]
+        for name, way in ways.items()
+    }
 
 
 def measure_scan(

@@ -181,6 +181,8 @@ def test_memory_bound_figures_count_every_byte_once(gpu, report):
         report.figures, name="lst_kernels", case="patch_pool max, static 4", what="forward"
     )
     assert figure["bytes"] == (TOKENS + patches) * 2048 + patches * 1024 * 4 + 4 * (patches + 1)
+    assert named(report.figures, name="indexing")
+    assert named(report.figures, name="index_select")
     for peer in ("scatter_reduce", "segment_reduce", "embedding_bag", "index_add"):
         told = named(report.figures, name=peer) or [
             each for each in report.not_measured if each["what"].endswith(peer)
