@@ -251,6 +251,7 @@ def test_pooling_against_torch(race, reduce: str):
     owner = pooled.patch_ids.long()[:, None].expand(-1, FEATURES)
     lengths = torch.diff(pooled.cu_patches).long()
     name = {"mean": "mean", "max": "amax"}[reduce]
+    counts = lengths[:, None]
     forwards: dict[str, Callable[[], Tensor]] = {
         "embedding_bag": lambda: embedding_bag(token, x, offsets, mode=reduce),
         "scatter_reduce": lambda: grad.new_zeros(grad.shape).scatter_reduce(
@@ -258,6 +259,10 @@ def test_pooling_against_torch(race, reduce: str):
         ),
         "segment_reduce": lambda: torch.segment_reduce(x, reduce, lengths=lengths, axis=0),
     }
+    if reduce == "mean":
+        ids = pooled.patch_ids.long()
+        sums = lambda: grad.new_zeros(grad.shape).index_add(0, ids, x)  # noqa: E731
+        forwards["index_add"] = lambda: sums() / counts
 
     def train(forward: Callable[[], Tensor]) -> Callable[[], tuple[Tensor, Tensor]]:
         def both() -> tuple[Tensor, Tensor]:

@@ -50,6 +50,7 @@ CONTENT = {"the paper's mix": MIX, "speech only": SPEECH_ONLY, "text only": TEXT
 CEILINGS = {"the paper's mix": (0.87, 0.95), "speech only": (0.45, 0.55)}
 JUDGED = "static 4, text global"
 ROUNDS, JUDGED_ROUNDS = 2, 3
+SWEEP_ROUNDS = 4  # of passes so short that two of the same work differ by a twentieth
 
 SHARES_OF_SPEECH = (0.0, 1 / 3, 2 / 3, 1.0)
 PATCH_SIZES = (2, 4, 8)
@@ -170,10 +171,11 @@ def compare(
     *,
     ceilings: Mapping[str, float] | None = None,
     facts: Mapping[str, Mapping[str, Any]] | None = None,
+    rounds: int = ROUNDS,
 ) -> None:
     """A row of every model beside the first. At different content, rates are what to compare."""
     calls = {name: getattr(each, what) for name, each in passes.items()}
-    rounds = JUDGED_ROUNDS if ceilings else ROUNDS
+    rounds = JUDGED_ROUNDS if ceilings else rounds
     times = take_turns(calls, rounds, slow_rounds=rounds)
     (first, base), *_ = passes.items()
     if not times[first]:
@@ -287,6 +289,7 @@ def test_throughput_against_share_of_speech_and_patch_size(
         passes_over(size, drawn, list(arms.values())),
         "train",
         facts={name: {"sweep": True, "speech_share": share, **own} for name, own in facts.items()},
+        rounds=SWEEP_ROUNDS,
     )
 
 

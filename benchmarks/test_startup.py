@@ -59,7 +59,6 @@ def test_import(race, module: str):
         {f"import {other}": lambda: run(f"import {other}")},
         floors={},
         rounds=ROUNDS,
-        slow_rounds=ROUNDS,
     )
 
 
