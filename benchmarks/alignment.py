@@ -29,7 +29,7 @@ import torch
 
 from lst.data.records import FRAMES_PER_SECOND, Dataset
 from lst.errors import UserError, run_command
-from lst.files import make_folder
+from lst.files import make_folder, write_json
 from lst.machine import describe_machine, file_stem
 from lst.speech.alignment import CTCAligner
 from lst.speech.audio import SAMPLE_RATE, Timed
@@ -296,7 +296,7 @@ def main() -> None:
         "windows": windows_beside_one_pass(options.model, options.corpus / "valid/voice"),
     }
     path = options.out / f"alignment-{file_stem(about)}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(path, result)
     print(json.dumps({name: result[name] for name in list(result)[3:]}, indent=2))
     print(f"written to {path}")
 

@@ -28,7 +28,7 @@ from lst.data.records import FRAMES_PER_SECOND, Dataset, Record, RecordWriter, W
 from lst.errors import UserError, run_command
 from lst.evaluate.error_rate import error_rates, normaliser
 from lst.evaluate.speech_to_text import generator_of, open_records, transcribe
-from lst.files import Location, make_folder
+from lst.files import Location, make_folder, write_json
 from lst.machine import describe_machine, file_stem
 from lst.presets import PRESETS, fine_tuning
 from lst.train.checkpoint import load_trained
@@ -175,7 +175,7 @@ def main() -> None:
         "runs": runs,
     }
     path = options.out / f"asr-{file_stem(about)}.json"
-    path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    write_json(path, result)
     print(f"written to {path}")
 
 

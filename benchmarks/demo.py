@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lst.errors import UserError, run_command
-from lst.files import make_folder
+from lst.files import make_folder, write_json
 from lst.machine import describe_machine, file_stem
 from lst.presets import PRESETS
 from lst.train.loop import train
@@ -54,7 +54,7 @@ def main() -> None:
     runs = [outcome(name, options.runs / name, options.corpus) for name in options.presets]
     path = options.out / f"demo-{file_stem(about)}.json"
     corpus = json.loads((options.corpus / "corpus.json").read_text())
-    path.write_text(json.dumps({"machine": about, "corpus": corpus, "runs": runs}, indent=2) + "\n")
+    write_json(path, {"machine": about, "corpus": corpus, "runs": runs})
     print(f"written to {path}")
 
 

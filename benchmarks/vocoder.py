@@ -30,7 +30,7 @@ import numpy as np
 from benchmarks.alignment import CHARACTERS, VOCABULARY, Utterance, spoken
 from lst.data.records import FRAMES_PER_SECOND
 from lst.errors import UserError, run_command
-from lst.files import make_folder
+from lst.files import make_folder, write_json
 from lst.machine import describe_machine, file_stem
 from lst.speech.alignment import CTCAligner
 from lst.speech.audio import SAMPLE_RATE
@@ -212,7 +212,7 @@ def main() -> None:
         },
     }
     path = options.out / f"vocoder-{file_stem(about)}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(path, result)
     print(json.dumps({name: result[name] for name in parts}, indent=2))
     print(f"written to {path}")
 
