@@ -272,6 +272,8 @@ def gap_section(result: Result) -> Iterator[str]:
             f"A training step of {rows[0]['facts']['tokens']:,} tokens of {model} takes "
             f"{step * 1e3:.0f} ms. Time over floor is 1 where nothing is lost."
         )
+        if any(row["facts"]["seconds"] < 0 for row in rows):
+            yield "**The operations took longer, watched, than the whole step: a busy machine.**"
         header = ("part", "kind", "ms", "share", "floor, ms", "by", "time over floor", "")
         yield markdown(header, lines, left=2)
 

@@ -151,6 +151,18 @@ def test_the_gap_adds_up(folder, tmp_path):
     assert "A training step of 1,536 tokens of toy takes 1000 ms." in text
 
 
+def test_a_gap_of_parts_that_exceed_the_whole_says_so(folder, tmp_path):
+    text, _ = page(folder, tmp_path / "performance.md")
+    assert "a busy machine" not in text
+    rows = list(gap_rows())
+    rows[0]["facts"]["seconds"] += 0.2
+    rows[2]["facts"]["seconds"] -= 0.2
+    write(folder / "gap-toy-2026-01-02.json", question="gap", rows=rows)
+    text, _ = page(folder, tmp_path / "performance.md")
+    assert "watched, than the whole step: a busy machine.**" in text
+    assert "| **sum** |  | 1000.0 | 100.0% | 600.0 |  | 1.67 |" in text
+
+
 def test_costs_of_models_and_their_ceilings(folder, tmp_path):
     text, _ = page(folder, tmp_path / "performance.md")
     assert (
