@@ -40,7 +40,7 @@ class OptimizerConfig:
             expect_option(0 <= beta < 1, "optimizer.betas", "numbers in [0, 1)", self.betas)
         for name in ("weight_decay", "warmup_steps"):
             value = getattr(self, name)
-            expect_option(value >= 0, f"optimizer.{name}", "0 or more", value)
+            expect_option(0 <= value < math.inf, f"optimizer.{name}", "0 or more", value)
         ratio = self.min_lr_ratio
         expect_option(0 <= ratio <= 1, "optimizer.min_lr_ratio", "[0, 1]", ratio)
         expect_option(self.clip > 0, "optimizer.clip", "more than 0", self.clip)

@@ -60,6 +60,10 @@ def inside(values: dict[str, Any], keys: list[str]) -> dict[str, Any]:
         (put("optimizer", 3), "c.json: expected optimizer to be OptimizerConfig, got 3"),
         (put("precision", "int8"), "c.json: expected precision to be"),
         (put("steps", 0), "c.json: --steps: expected 1 or more, got 0"),
+        (
+            put("optimizer.weight_decay", math.inf),
+            "c.json: --optimizer.weight-decay: expected 0 or",
+        ),
         (put("hang_timeout", -1), "c.json: --hang-timeout: expected 0 or more, got -1"),
         (put("hang_timeout", math.inf), "c.json: --hang-timeout: expected 0 or more, got inf"),
         (put("hang_timeout", math.nan), "c.json: --hang-timeout: expected 0 or more, got nan"),
