@@ -85,7 +85,8 @@ def size_faults(folder: Path) -> list[str]:
         got = f"{path.stat().st_size}" if path.is_file() else "no file"
         if got != str(file.bytes):
             faults.append(f"{name}: expected {file.bytes} bytes, got {got}")
-    unknown = [name for name in file_names(folder) if name.endswith(TENSORS) and name not in files]
+    tensors = sorted(str(path.relative_to(folder)) for path in folder.rglob(f"*{TENSORS}"))
+    unknown = [name for name in tensors if name not in files]
     return faults + [f"{name}: expected no such file, got one" for name in unknown]
 
 

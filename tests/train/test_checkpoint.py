@@ -30,6 +30,7 @@ from lst.train.checkpoint import (
 )
 from lst.train.config import TrainConfig
 from lst.train.corpus import open_corpus
+from lst.train.manifest import size_faults
 from lst.train.optimizer import build_optimizer, optimizer_tensors
 from lst.vocabulary import Vocabulary
 
@@ -202,12 +203,22 @@ def test_a_checkpoint_without_a_readable_manifest_does_not_count(
         load_model(folder, "cpu")
 
 
-def test_tensors_that_were_not_written_are_not_read(tiny: Tiny) -> None:
+@pytest.mark.parametrize("kind", ["file", "pipe", "link to nowhere", "folder"])
+def test_tensors_that_were_not_written_are_not_read(tiny: Tiny, kind: str) -> None:
     """The storage reads every file of its kind, so a stranger among them is refused."""
     folder = save(tiny(), 1)
     stranger = folder / "model" / "stranger.safetensors"
-    stranger.write_bytes(next(folder.glob("model/*")).read_bytes())
-    with pytest.raises(UserError, match=r"model/stranger.safetensors: expected no such file"):
+    if kind == "file":
+        stranger.write_bytes(next(folder.glob("model/*")).read_bytes())
+    elif kind == "pipe":  # whoever reads it waits for ever
+        os.mkfifo(stranger)
+    elif kind == "folder":
+        stranger.mkdir()
+    else:
+        stranger.symlink_to(folder / "nowhere")
+    said = ["model/stranger.safetensors: expected no such file, got one"]
+    assert size_faults(folder) == said
+    with pytest.raises(UserError, match=said[0]):
         load_model(folder, "cpu")
 
 
