@@ -225,6 +225,7 @@ def describe_corpus(out: Path) -> str:
 # The plan -----------------------------------------------------------------------------------------
 
 PLAN, DATASET, SKIPPED = "plan.json", "dataset.json", "skipped.jsonl"
+RESULT = ("inputs", "records", "frames", "unaligned", "skipped")
 SKIPPED_OF_RANK = "skipped-rank-{}.jsonl"  # of one that stopped over them
 
 
@@ -329,8 +330,15 @@ def _read_plan(out: Path) -> Plan:
         facts = json.loads(path.read_text())
         if facts.pop("format") != FORMAT:
             raise ValueError("another format")
-        return Plan(**facts)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        plan = Plan(**facts)
+        made = plan.result or dict.fromkeys(RESULT, 0)
+        counts = [plan.num_inputs, plan.num_shards, *(made[name] for name in RESULT)]
+        if not all(isinstance(each, int) and each >= 0 for each in counts):
+            raise ValueError(f"counts {counts}")
+        if plan.num_shards != -(-plan.num_inputs // plan.settings["shard_inputs"]):
+            raise ValueError(f"{plan.num_inputs} inputs in {plan.num_shards} shards")
+        return plan
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{path}: expected the plan of a corpus, got {error!r}") from None
 
 

@@ -202,6 +202,26 @@ def test_a_folder_with_other_things_in_it_is_refused(config):
         prepare_corpus(config)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_shards": 10**30},
+        {"num_shards": 2},
+        {"num_inputs": "6"},
+        {"settings": []},
+        {"result": {"records": 6}},
+        {"result": {"inputs": 6, "records": [], "frames": 0, "unaligned": 0, "skipped": 0}},
+    ],
+    ids=str,
+)
+def test_a_plan_that_was_altered_is_refused(config, change):
+    plan_corpus(config)
+    path = config.out / "plan.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=r"plan\.json: expected the plan of a corpus, got"):
+        prepare_corpus(config)
+
+
 def test_a_dataset_inside_its_own_source_is_refused(config):
     with pytest.raises(UserError, match="expected a folder outside of the source"):
         prepare_corpus(replace(config, out=config.folder / "made"))
