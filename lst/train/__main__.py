@@ -186,7 +186,9 @@ def main() -> None:
         if launched_rank() == 0 or (isinstance(error, SystemExit) and not error.code):
             raise
         # Rank 0 speaks for all; torchrun would end it in mid-sentence if another rank left first.
-        time.sleep(SILENCE)
+        until = time.monotonic() + SILENCE
+        while time.monotonic() < until and not startup.asked:
+            time.sleep(0.05)
         raise SystemExit(2) from None
 
 

@@ -1,6 +1,7 @@
 """``python -m lst.train``: what it accepts, and the one line that it says to each mistake."""
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -220,6 +221,15 @@ def test_only_rank_0_speaks_of_a_shared_mistake(
     assert call(monkeypatch, "--help") == 0
     assert call(monkeypatch, "--stepz") == 2
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_rank_that_is_silent_leaves_as_soon_as_its_launcher_asks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("lst.train.__main__.SILENCE", 1000.0)
+    monkeypatch.setattr("lst.train.startup.asked", bytearray([signal.SIGTERM]))
+    assert call(monkeypatch, "demo2") == 2
 
 
 def test_the_command_itself_leaves_with_code_2(tmp_path: Path) -> None:
