@@ -573,7 +573,7 @@ def _read_info(
         shards = tuple(ShardInfo(**shard) for shard in facts["shards"])
         names = [name for name in DatasetInfo.__dataclass_fields__ if name != "shards"]
         info = DatasetInfo(**{name: facts[name] for name in names}, shards=shards)
-        _check_counts(info)
+        _check_types(info)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: expected a dataset's description, got {error!r}") from None
     if info.num_records == 0 or sum(shard.rows for shard in shards) != info.num_records:
@@ -592,13 +592,16 @@ def _read_info(
     return info, f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
-def _check_counts(info: DatasetInfo) -> None:
-    """Raise ValueError where something that is counted is no count."""
+def _check_types(info: DatasetInfo) -> None:
+    """Raise ValueError where something that is counted is no count, or a name no text."""
     counts = [info.num_records, info.num_frames, info.num_characters, info.num_units]
     counts += [count for shard in info.shards for count in (shard.rows, shard.bytes)]
     for count in counts:
         if not isinstance(count, int) or count < 0:
             raise ValueError(f"{count!r} is no count")
+    for name in (text for shard in info.shards for text in (shard.name, shard.sha256)):
+        if not isinstance(name, str):
+            raise ValueError(f"{name!r} is no name")
 
 
 def _check_size(where: str, shard: ShardInfo, size: int | None) -> None:

@@ -274,6 +274,16 @@ def test_what_is_no_count_is_refused(tmp_path, name, value):
         Dataset.open(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["name", "sha256"])
+def test_a_shard_of_no_name_is_refused(tmp_path, name):
+    write(tmp_path, [record()])
+    facts = json.loads((tmp_path / "dataset.json").read_text())
+    facts["shards"][0][name] = []
+    (tmp_path / "dataset.json").write_text(json.dumps(facts))
+    with pytest.raises(UserError, match=r"dataset\.json: expected a .*\[\] is no name"):
+        Dataset.open(tmp_path)
+
+
 def test_items_are_read_back(tmp_path):
     endings = (record("e0", speaker="f1"), record("e1", "text", None, None))
     item = StoryItem("i0", "storycloze", record("p"), endings, 1)
