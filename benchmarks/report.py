@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -481,7 +482,8 @@ def _axes(width: float = 7.5) -> tuple[Any, Any]:
 
 
 def _save(figure: Any, result: Result, path: Path) -> bool:
-    figure.supxlabel(result.source(), fontsize=7, color="#555555")
+    source = textwrap.fill(result.source(), 100)  # what the narrowest figure holds
+    figure.supxlabel(source, fontsize=7, color="#555555")
     make_folder(path.parent)
     figure.savefig(path, metadata={"Date": None, "Creator": None})
     # matplotlib leaves blanks at the ends of lines

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,27 @@ def test_every_plot_is_drawn_shown_and_of_its_data(folder, tmp_path):
     for name in names:
         assert f"](performance/{name})" in text
     assert all((tmp_path / link).exists() for link in re.findall(r"\]\(([^)]+)\)", text))
+
+
+def test_the_source_of_a_plot_is_whole_in_it(folder, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    saved, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda *a, **k: (saved.append(a[0]), save(*a, **k)))
+    libraries = {"numpy": "2.4.6", "triton": "3.7.1", "transformers": "5.23.0", "scipy": "1.17.0"}
+    machine = MACHINE | {"libraries": libraries, "device": "Toy(R) Processor of a longer name"}
+    results = [
+        replace(result, content=result.content | {"machine": machine})
+        for result in report.read_results(folder)
+    ]
+    assert len(report.draw(results, tmp_path)) == len(saved) == 3
+    for figure in saved:
+        figure.draw_without_rendering()  # what was saved was measured in points
+        [source] = [each for each in figure.texts if "commit" in each.get_text()]
+        assert source.get_text().split() == results[0].source().split()
+        extent = source.get_window_extent()
+        assert figure.bbox.x0 < extent.x0 < extent.x1 < figure.bbox.x1
+        assert figure.bbox.y0 < extent.y0
 
 
 def test_every_section_names_machine_versions_and_commit(folder, tmp_path):
