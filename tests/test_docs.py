@@ -76,7 +76,7 @@ def result(name):
 
 
 def test_the_table_of_the_readme_is_of_its_result_file():
-    demo = result("demo-intel-xeon-processor-2026-11-21.json")
+    demo = result("demo-intel-xeon-processor-2026-11-22.json")
     scores = {
         (run["preset"], score["task"], score["mode"]): (
             f"{100 * score['accuracy']:.1f} ({100 * score['low']:.1f}–{100 * score['high']:.1f})"
@@ -101,14 +101,14 @@ def test_the_table_of_the_readme_is_of_its_result_file():
 
 
 def test_the_conditions_of_the_readme_are_those_of_its_result_file():
-    demo = result("demo-intel-xeon-processor-2026-11-21.json")
+    demo = result("demo-intel-xeon-processor-2026-11-22.json")
     corpus, machine = demo["corpus"], demo["machine"]
     run = next(run for run in demo["runs"] if run["preset"] == "demo")
     minutes, seconds = divmod(round(run["seconds"]), 60)
     items = {score["num_items"] for each in demo["runs"] for score in each["story_completion"]}
     words = " ".join((ROOT / "README.md").read_text().split())
     for told in (
-        f"torch {machine['torch'].partition('+')[0]}, commit {machine['commit']}, other work",
+        f"torch {machine['torch'].partition('+')[0]}, commit {machine['commit']})",
         f"{corpus['seconds']:.0f} s for the corpus ({corpus['settings']['hours']:.0f} hours of "
         "speech, "
         f"{corpus['settings']['text_tokens'] // 10**6} million text tokens), "
@@ -117,7 +117,7 @@ def test_the_conditions_of_the_readme_are_those_of_its_result_file():
     ):
         assert told in words
     assert not items
-    assert machine["load"] > 2  # other work
+    assert machine["load"] < machine["threads"]  # no other work
 
 
 def test_what_the_page_on_transcribing_says_is_in_its_result_file():
