@@ -36,6 +36,12 @@ def difference(act: Callable[[], None]) -> Work:
     )
 
 
+def quietest(act: Callable[[], None]) -> Work:
+    """The least of three: what is no work may still be the first to touch code that the system has
+    put out of memory."""
+    return min((difference(act) for _ in range(3)), key=lambda work: work.moved + work.touched)
+
+
 NOTHING = Work(seconds=0, children=0, moved=0, flushed=0, touched=0)
 
 
@@ -91,7 +97,7 @@ def test_the_time_of_children_counts_while_they_run_and_when_they_have_ended(end
 
 
 def test_sleeping_is_no_work() -> None:
-    slept = difference(lambda: time.sleep(0.5))
+    slept = quietest(lambda: time.sleep(0.5))
     assert not slept.differs(NOTHING, seconds=0.1, size=10_000, own=True, touching=False)
 
 
@@ -131,9 +137,8 @@ def test_a_call_that_spins_is_told_apart_from_one_that_comes_by_memory() -> None
         spin()
         buffer.sort()
 
-    buffer.sort()  # its code is read from the disk, the first time
     for act, works in ((spin, False), (sort, False), (fill, True), (read, True)):
-        work = difference(act)
+        work = quietest(act)
         assert work.differs(NOTHING, seconds=0.3, size=1 << 30, own=True, touching=False)
         assert work.differs(NOTHING, seconds=0.3, size=1 << 30, own=True, touching=True) == works
     os.close(zero)
