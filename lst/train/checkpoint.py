@@ -4,7 +4,7 @@
 
     checkpoints/step-00000100/
         model/model.safetensors     the weights, whole, by the names of model.weights()
-        optimizer/*.safetensors     AdamW's moments, a file for every rank that wrote some
+        optimizer/*.safetensors     AdamW's moments: every rank's, in files of 256 MiB
         config.json                 the run's configuration
         tokenizer.model             or tokenizer.json
         speech_bpe.model            where speech is in pieces of its own
@@ -63,6 +63,7 @@ FORMAT = 3  # of state.json; raised when an older reader would misread a newer c
 STATE = "state.json"
 MODEL, OPTIMIZER = "model", "optimizer"
 WEIGHTS = "model.safetensors"  # in MODEL
+FILE_BYTES = 1 << 28  # and a tensor more, of what a rank writes
 ALONE = World(0, 1, torch.device("cpu"))
 
 
@@ -144,7 +145,8 @@ def save_checkpoint(
 
 def _save_tensors(folder: Path, tensors: dict[str, Tensor], world: World) -> None:
     _expect_a_single_process()
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    files = _files(tensors, world.size)
+    writer = HuggingFaceStorageWriter(str(folder), files, save_distributed=True)
     try:
         dcp.save(tensors, storage_writer=writer, process_group=world.group)
     except CheckpointException as error:  # of every rank alike
@@ -153,6 +155,18 @@ def _save_tensors(folder: Path, tensors: dict[str, Tensor], world: World) -> Non
                 reason = cause[0].strerror
                 raise SharedError(f"{folder}: cannot be written ({reason})") from None
         raise
+
+
+def _files(tensors: dict[str, Tensor], num_ranks: int) -> dict[str, int]:
+    """Which of a rank's files a tensor goes to, from 1 on.
+
+    A file is put together in memory while no other thread runs Python: that of the next step waits.
+    """
+    files, size = {}, 0  # of what a rank has of the tensors before
+    for name, tensor in tensors.items():
+        files[name] = 1 + size // FILE_BYTES
+        size += tensor.numel() * tensor.element_size() // num_ranks
+    return files
 
 
 def _join_shards(folder: Path, weights: dict[str, Tensor]) -> None:

@@ -82,7 +82,11 @@ def test_a_checkpoint_holds_json_safetensors_and_the_tokenizer_alone(tiny: Tiny)
     }
 
 
-def test_moments_of_the_optimizer_come_back(tiny: Tiny) -> None:
+@pytest.mark.parametrize("file_bytes", [1 << 28, 1 << 16])
+def test_weights_and_moments_come_back_from_one_file_or_many(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, file_bytes: int
+) -> None:
+    monkeypatch.setattr("lst.train.checkpoint.FILE_BYTES", file_bytes)
     config = tiny()
     model = build_model(config.model, open_corpus(config.data).vocabulary)
     optimizer = build_optimizer(model, config.optimizer)
@@ -95,9 +99,15 @@ def test_moments_of_the_optimizer_come_back(tiny: Tiny) -> None:
     other = build_model(config.model, corpus.vocabulary)
     filled = build_optimizer(other, config.optimizer)
     load_tensors(folder, other, filled)
-    expected = optimizer_tensors(model, optimizer)
     for name, tensor in optimizer_tensors(other, filled).items():
-        assert torch.equal(tensor, expected[name]), name
+        assert torch.equal(tensor, moments[name]), name
+    for name, tensor in other.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+    sizes = [file.stat().st_size for file in (folder / "optimizer").iterdir()]
+    size = sum(moment.nbytes for moment in moments.values())
+    assert len(sizes) == 1 if size < file_bytes else len(sizes) > size / file_bytes / 2
+    largest = max(moment.nbytes for moment in moments.values())
+    assert max(sizes) < file_bytes + largest + (1 << 14)  # a header
 
 
 @pytest.mark.parametrize(
