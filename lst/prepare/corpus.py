@@ -240,7 +240,9 @@ def plan_corpus(config: CorpusConfig) -> Plan:
     settings = _settings(config)
     if (config.out / PLAN).is_file():
         plan = _read_plan(config.out)
-        changed = [name for name in settings if plan.settings.get(name) != settings[name]]
+        changed = sorted(settings.keys() ^ plan.settings.keys()) or [
+            name for name in settings if plan.settings[name] != settings[name]
+        ]
         if changed:
             raise UserError(
                 f"--out {config.out}: was begun with another {', '.join(changed)}; choose another "

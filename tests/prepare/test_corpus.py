@@ -222,6 +222,17 @@ def test_a_plan_that_was_altered_is_refused(config, change):
         prepare_corpus(config)
 
 
+@pytest.mark.parametrize("name", ["aligner", "codebook", "shard_inputs"])
+def test_a_plan_whose_settings_have_another_name_is_refused(config, name):
+    plan_corpus(config)
+    path = config.out / "plan.json"
+    plan = json.loads(path.read_text())
+    plan["settings"]["renamed"] = plan["settings"].pop(name)
+    path.write_text(json.dumps(plan))
+    with pytest.raises(UserError, match=r"was begun with another|expected the plan of a corpus"):
+        prepare_corpus(config)
+
+
 def test_a_dataset_inside_its_own_source_is_refused(config):
     with pytest.raises(UserError, match="expected a folder outside of the source"):
         prepare_corpus(replace(config, out=config.folder / "made"))
