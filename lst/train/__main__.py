@@ -8,10 +8,10 @@ What the options show as their values, and keep where they are not given, is fir
     → with --resume and no preset, the configuration of the run
 """
 
-from lst.train import startup
+from lst.train import monitor
 
 if __name__ == "__main__":
-    startup.begin()  # all that follows takes seconds, or for ever
+    monitor.begin()  # all that follows takes seconds, or for ever
 
 import os
 import signal
@@ -187,7 +187,7 @@ def main() -> None:
             raise
         # Rank 0 speaks for all; torchrun would end it in mid-sentence if another rank left first.
         until = time.monotonic() + SILENCE
-        while time.monotonic() < until and not startup.asked:
+        while time.monotonic() < until and not monitor.asked:
             time.sleep(0.05)
         raise SystemExit(2) from None
 
@@ -195,7 +195,7 @@ def main() -> None:
 def _end_well() -> None:
     """What comes as Python ends does not change the exit code of a run that ended well: a signal,
     or a disk that still refuses what is left of the log."""
-    for number in startup.SIGNALS:  # handlers of ours are taken away first
+    for number in monitor.SIGNALS:  # handlers of ours are taken away first
         signal.signal(number, signal.SIG_IGN)
     for stream in (sys.stdout, sys.stderr):
         try:

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import torch
 
-from lst.train import startup
+from lst.train import monitor
 from lst.train.distributed import World
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -74,7 +74,7 @@ def catch_signals() -> Iterator[Interrupt]:
     wake_up.setblocking(False)
     before = {n: signal.signal(n, interrupt.receive) for n in SIGNALS}
     descriptor = signal.set_wakeup_fd(wake_up.fileno(), warn_on_full_buffer=False)
-    interrupt.notice(bytes(startup.asked))
+    interrupt.notice(bytes(monitor.asked))
     try:
         yield interrupt
     finally:

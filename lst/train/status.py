@@ -33,6 +33,7 @@ from typing import Any, Self
 
 from lst.errors import UserError, tell
 from lst.files import write_atomically
+from lst.train import monitor
 from lst.train.config import TrainConfig
 from lst.train.distributed import launched_rank
 from lst.train.interrupt import Interrupt
@@ -89,6 +90,7 @@ class Status:
         self._begun = True
         if self._rank == 0:
             self._write(state="running")
+        monitor.all_is_well(status=str((self._out / STATUS).absolute()))
 
     def running(self, step: int, checkpoint: Path | None) -> None:
         """Take note of a step; written at once where there is a new checkpoint."""
@@ -99,8 +101,11 @@ class Status:
             self._write(state="running")
 
     def failed(self, reason: str) -> None:
-        """The run ends for ``reason``."""
-        self._write(state="failed", reason=reason)
+        """The run ends for ``reason``, or for what has been written of another process's end."""
+        if self._failed_elsewhere():
+            self._values["state"] = "failed"
+        else:
+            self._write(state="failed", reason=reason)
 
     def stopped(self, reason: str | None = None) -> None:
         """The run ends as it was asked to; where its launcher asks as another rank has failed,
@@ -134,7 +139,7 @@ class Status:
         self._run_lock.release()
 
     def _failed_elsewhere(self) -> bool:
-        """Whether another rank has, and has written so: this one began by "running"."""
+        """Whether another process has, and has written so: rank 0 began by "running"."""
         if not self._begun:
             return False
         return self._read().get("state") == "failed"

@@ -25,8 +25,8 @@ It takes all ranks to make a hang: those that wait for one that is busy are excu
 standstill may last three times the longest that the run has come out of since its first step began.
 Until the ranks are connected each watches itself, by the same times; only its wait for ranks that
 have not come may last as long as they may take. One that imports, which has no watchdog yet, or
-hangs with Python's lock before its first step is done, which its watchdog waits for, is watched
-from beside (:mod:`lst.train.startup`).
+hangs with Python's lock, which its watchdog waits for, or is stopped, is ended by a process beside
+it (:mod:`lst.train.monitor`).
 
 A thread that writes a checkpoint is watched by the same signs, its own alone. Where those of all
 ranks stand still for the timeout, that is told of (:attr:`Watchdog.stalled`) and training goes on:
@@ -57,12 +57,12 @@ from typing import Any, NamedTuple, NoReturn, Self
 
 from lst.data.workers import STACKS
 from lst.errors import tell
-from lst.train import startup
+from lst.train import monitor
 from lst.train.distributed import MEETING, World, launched_processes, launched_rank
 from lst.train.interrupt import Interrupt
 from lst.train.links import Link, Message, open_links
 from lst.train.status import Status
-from lst.train.work import USUAL, Work, did_work, state_of, work_of_thread, work_so_far
+from lst.train.work import SLOW, USUAL, Work, did_work, state_of, work_of_thread, work_so_far
 
 SILENCE = 20 / 45  # of hang_timeout, without a beat
 # Parts of it where it is shorter than USUAL, else of that: more patience makes none of them longer.
@@ -70,7 +70,6 @@ TICK = 1 / 45  # between two looks at the main thread, and two beats
 GRACE = 5 / 45  # for a main thread that was asked to stop before its first step
 SETTLE = 1 / 45  # after a first sign of trouble, for signs that tell more
 
-SLOW = 600.0  # seconds that work excuses a standstill
 MEET = MEETING.total_seconds() + 60  # that ranks may wait for those to come; they give up before
 FACTOR = 3  # on the longest standstill so far
 DISK_SECONDS = 5.0  # for the last words
@@ -170,8 +169,10 @@ class Watchdog:
     # What the main thread calls -------------------------------------------------------------------
 
     def __enter__(self) -> Self:
+        if self._timeout == 0:
+            monitor.end()
+        monitor.all_is_well(patience=self._timeout)
         self._thread.start()
-        startup.allow(self._timeout)
         return self
 
     def __exit__(
@@ -190,6 +191,7 @@ class Watchdog:
                 key.fileobj.close()  # type: ignore[union-attr]
         self._selector.close()
         self._wake.close()
+        monitor.end()
 
     @contextmanager
     def meeting(self) -> Iterator[None]:
@@ -235,7 +237,7 @@ class Watchdog:
     def stepped(self) -> None:
         """A step is done: what can be lost from here on is waited for."""
         self._started = True
-        startup.end()
+        monitor.all_is_well(stepped=True)
 
     def failed(self, reason: str) -> None:
         """The main thread leaves by an exception that other ranks may not share.
@@ -333,12 +335,13 @@ class Watchdog:
             self._beat.others = self._waited_for(awaited and awaited())
         for peer in self._peers.values():
             peer.silent += passed
+        monitor.all_is_well()
         told = {} if self._interrupt.signal is None else {"signal": self._interrupt.signal}
         self._send({"beat": vars(self._beat), **told})
 
     def _worked(self, slow: bool) -> bool:
         """Whether work was done since the last that counted, while the main thread stood still."""
-        now, timeout = work_so_far(but=startup.beside()), self._timeout or USUAL
+        now, timeout = work_so_far(but=monitor.pid()), self._timeout or USUAL
         worked = did_work(self._work, now, timeout, own=slow or not self._spins, touching=slow)
         self._work = now if worked else self._work or now
         return worked

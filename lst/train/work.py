@@ -14,8 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 __all__ = [
+    "SLOW",
     "USUAL",
     "Work",
+    "descendants",
     "did_work",
     "state_of",
     "work_of",
@@ -39,6 +41,7 @@ TICKS = os.sysconf("SC_CLK_TCK")
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 USUAL = 45.0  # seconds of hang_timeout, and those that other times go by where it is 0
+SLOW = 600.0  # seconds that work excuses a standstill
 # What is work, and not the little that threads do which wait: in all of a timeout, by its length
 WORK_SECONDS = 0.5 / 45  # of CPU time, and
 WORK_BYTES = (1 << 20) / 45
@@ -113,7 +116,7 @@ def work_of(pid: int, proc: Path = PROC, *, but: int | None = None) -> Work | No
         return None
     children = _ended(fields)
     moved = _faulted(fields) + _bytes_moved(proc / str(pid))
-    for child in _descendants(pid, proc):
+    for child in descendants(pid, proc):
         with suppress(OSError):
             if child == but:
                 continue
@@ -186,14 +189,14 @@ def _bytes_moved(process: Path) -> int:
     return sum(int(counts[key]) for key in ("rchar", "wchar", "read_bytes", "write_bytes"))
 
 
-def _descendants(pid: int, proc: Path = PROC) -> Iterator[int]:
+def descendants(pid: int, proc: Path = PROC) -> Iterator[int]:
     """A process's children and theirs, each before its own."""
     with suppress(OSError):
         for thread in (proc / str(pid) / "task").iterdir():
             with suppress(OSError):
                 for child in (thread / "children").read_text().split():
                     yield int(child)
-                    yield from _descendants(int(child), proc)
+                    yield from descendants(int(child), proc)
 
 
 def _waits_for_a_disk(process: Path) -> bool:

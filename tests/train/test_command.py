@@ -228,7 +228,7 @@ def test_a_rank_that_is_silent_leaves_as_soon_as_its_launcher_asks(
 ) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr("lst.train.__main__.SILENCE", 1000.0)
-    monkeypatch.setattr("lst.train.startup.asked", bytearray([signal.SIGTERM]))
+    monkeypatch.setattr("lst.train.monitor.asked", bytearray([signal.SIGTERM]))
     assert call(monkeypatch, "demo2") == 2
 
 

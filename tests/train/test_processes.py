@@ -141,8 +141,8 @@ def test_two_processes_say_a_mistake_once_and_end_cleanly(corpus: Path, tmp_path
 # A rank that sleeps before it has a watchdog, as in an import.
 ASLEEP = """
 import os, time
-from lst.train import startup
-startup.begin()
+from lst.train import monitor
+monitor.begin()
 if os.environ["RANK"] == "1":
     time.sleep(10_000)
 from lst.errors import run_command

@@ -549,8 +549,8 @@ def test_a_call_that_spins_while_a_run_opens_is_a_hang(tiny: Tiny, job: Job) -> 
 
 
 FROM_BESIDE = """
-from lst.train import startup
-startup.begin()
+from lst.train import monitor
+monitor.begin()
 """
 
 
@@ -562,9 +562,38 @@ def test_a_rank_that_hangs_with_pythons_lock_before_its_first_step_is_done_is_en
     """No thread of its own can run."""
     module, name = place.split(".")
     where = (f"lst.train.{module}", name, 1, HANG_LOCKED)
-    ranks = job(endless(tiny, 3.0), patched=where, first=FROM_BESIDE)
+    config = endless(tiny, 3.0)
+    ranks = job(config, patched=where, first=FROM_BESIDE)
     assert ranks.codes == [-signal.SIGKILL]
     assert "hangs as it starts: nothing done for 3 s\n" in ranks.printed()
+    if name == "backward":  # the run has a folder
+        assert "hangs as it starts: nothing done for 3 s" in reason(config)
+
+
+@needs_proc
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_rank_that_hangs_with_pythons_lock_is_ended_and_status_says_why(
+    tiny: Tiny, job: Job, ranks: int
+) -> None:
+    """Alone, after steps that are done; another rank misses one sooner."""
+    config = endless(tiny, 6.0)
+    ended = job(config, patched=in_step(3, HANG_LOCKED), first=FROM_BESIDE, ranks=ranks)
+    if ranks == 1:
+        assert ended.codes == [-signal.SIGKILL]
+        assert re.fullmatch(r"rank 0 \(.*\) hangs: nothing done for [67] s", reason(config))
+        assert f"error: {reason(config)}\n" in ended.printed()
+        assert "<string>" in ended.printed()  # where
+    else:
+        assert sorted(ended.codes) == [-signal.SIGKILL, 1]
+        assert "has not been heard of for" in reason(config)
+
+
+@needs_proc
+def test_a_rank_that_is_stopped_is_ended_though_it_is_alone(tiny: Tiny, job: Job) -> None:
+    stop = in_step(3, "os.kill(os.getpid(), signal.SIGSTOP)")
+    config = endless(tiny, 6.0)
+    assert job(config, patched=stop, first=FROM_BESIDE).codes == [-signal.SIGKILL]
+    assert re.search(r"hangs: nothing done for [23] s, as it is stopped$", reason(config))
 
 
 @needs_proc
@@ -590,19 +619,11 @@ def test_a_rank_that_hangs_though_its_job_was_asked_to_stop_is_ended(tiny: Tiny,
 
 
 @needs_proc
-def test_once_a_step_is_done_no_process_is_beside_a_rank(tiny: Tiny, job: Job) -> None:
-    config = endless(tiny, 45.0)
-    ranks = job(config, patched=in_step(2, "os.waitpid(-1, os.WNOHANG)"), first=FROM_BESIDE)
-    assert ranks.codes == [1]
-    assert "ChildProcessError" in ranks.printed()
-
-
-@needs_proc
 def test_what_is_beside_a_rank_waits_as_long_as_the_run_that_goes_on_says(
     tiny: Tiny, job: Job
 ) -> None:
     """The watchdog's looks are rarer than what watches it from beside expected at first."""
-    first = "from lst.train import startup\nstartup.USUAL = 0.5\nstartup.begin()\n"
+    first = "from lst.train import monitor\nmonitor.USUAL = 0.5\nmonitor.begin()\n"
     config = replace(endless(tiny, 180.0), steps=1)
     ranks = job(config, patched=("lst.train.loop", "open_corpus", 1, "time.sleep(3)"), first=first)
     assert ranks.codes == [0], ranks.printed()

@@ -3,6 +3,7 @@
 Programs of a few lines stand for what the command imports: none of it but the first is torch.
 """
 
+import json
 import os
 import re
 import signal
@@ -10,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -24,7 +24,7 @@ pytestmark = [
 ]
 ROOT = Path(lst.__file__).parents[1]
 PATIENCE = 2.0  # seconds
-BEGIN = "import ctypes, os, signal, sys, time\nfrom lst.train import startup\nstartup.begin()\n"
+BEGIN = "import ctypes, os, signal, sys, time\nfrom lst.train import monitor\nmonitor.begin()\n"
 Start = Callable[..., subprocess.Popen[str]]
 
 
@@ -45,12 +45,14 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Start:
     return start
 
 
-def said(process: subprocess.Popen[str], number: str, why: str = "") -> str:
+def said(
+    process: subprocess.Popen[str], number: str, why: str = "", *, stepped: bool = False
+) -> str:
     """All that it says, with the reason; it was killed for it."""
     _, err = process.communicate()
     assert process.returncode == -signal.SIGKILL, err
     (reason,) = re.findall("^error: (.*)$", err, re.M)
-    what = rf"hangs as it starts: nothing done for {number} s{why}"
+    what = rf"hangs{'' if stepped else ' as it starts'}: nothing done for {number} s{why}"
     assert re.fullmatch(rf"rank 0 \(\S+, pid {process.pid}\) {what}", reason), reason
     return err
 
@@ -89,26 +91,15 @@ def test_one_that_is_stopped_is_ended_sooner(start: Start) -> None:
     said(process, "[12]", ", as it is stopped")
 
 
-def test_one_that_waits_for_a_disk_may_do_so_for_longer(start: Start) -> None:
+def test_one_that_waits_for_a_disk_is_ended_and_says_so(start: Start) -> None:
     """As the parent of a process that has been forked by vfork does."""
-    wait = "if ctypes.PyDLL(None).vfork() == 0:\n    time.sleep(12)\n    os._exit(0)"
-    process = start(
-        "-c", BEGIN.replace("startup.begin", "startup.DISK = 5.0\nstartup.begin") + wait
-    )
-    began = time.monotonic()
-    while state_of(process.pid) != "D":
-        assert time.monotonic() < began + 10
-        time.sleep(0.01)
-    forked = children(process.pid)
-    began = time.monotonic()
-    try:
-        process.wait()
-    finally:
-        for child in forked:  # that which sleeps holds on to its parent's pipes
-            with suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
-    assert time.monotonic() - began > 2 * PATIENCE
-    said(process, "5", ", as it waits for a disk")
+    wait = "if ctypes.PyDLL(None).vfork() == 0:\n    time.sleep(1000)\n    os._exit(0)"
+    said(start("-c", BEGIN + wait), "2", ", as it waits for a disk")
+
+
+@pytest.mark.parametrize("spin", ["while True: pass", "hashlib.pbkdf2_hmac('md5', b'', b'', N)"])
+def test_one_that_spins_in_an_import_is_ended(start: Start, spin: str) -> None:
+    said(start("-c", BEGIN + "import hashlib; N = 10**9\n" + spin), "[23]")
 
 
 @pytest.mark.parametrize(
@@ -125,20 +116,13 @@ for turn in range(4):
         library[turn * 4 * mmap.PAGESIZE] = 1
 """,
         """
-import hashlib  # one long call
-until, rounds = time.monotonic() + 2 * PATIENCE, 1 << 16
-while time.monotonic() < until:
-    hashlib.pbkdf2_hmac("sha256", b"", b"", rounds)
-    rounds *= 2
-""",
-        """
 import subprocess  # a compiler
 code = f"import time\\nuntil = time.monotonic() + {2 * PATIENCE}"
 code += "\\nwhile time.monotonic() < until: pass"
 subprocess.run([sys.executable, "-c", code], check=True)
 """,
     ],
-    ids=["reads", "computes", "compiles"],
+    ids=["reads", "compiles"],
 )
 def test_one_that_is_slow_is_waited_for(start: Start, action: str) -> None:
     process = start("-c", BEGIN + action.replace("PATIENCE", str(PATIENCE)))
@@ -168,25 +152,98 @@ def test_what_watches_ends_with_the_command_or_before(start: Start) -> None:
     while state_of(child) not in ("", "Z"):
         time.sleep(0.01)
     assert time.monotonic() - began < 5
-    process = start("-c", BEGIN + "startup.end(); startup.end(); os.waitpid(-1, 0)")
+    process = start("-c", BEGIN + "monitor.end(); monitor.end(); os.waitpid(-1, 0)")
     assert "ChildProcessError" in process.communicate()[1]
 
 
 def test_a_rank_goes_on_where_what_watches_it_is_killed(start: Start) -> None:
-    kill = "os.kill(startup.beside(), signal.SIGKILL); "
-    then = "time.sleep(0.5); startup.allow(3.0); startup.end(); print('there')"
-    for waited in ("", "os.waitpid(startup.beside(), 0); "):
+    kill = "os.kill(monitor.pid(), signal.SIGKILL); "
+    then = "time.sleep(0.5); monitor.all_is_well(patience=3.0); monitor.end(); print('there')"
+    for waited in ("", "os.waitpid(monitor.pid(), 0); "):
         out, err = start("-c", BEGIN + kill + waited + then).communicate()
         assert (out, err) == ("there\n", "")
 
 
 def test_a_rank_may_say_for_how_long_it_may_do_nothing(start: Start) -> None:
-    allow, hang = "startup.allow({})\n", "time.sleep(1000)"
+    allow, hang = "monitor.all_is_well(patience={})\n", "time.sleep(1000)"
     said(start("-c", BEGIN + allow.format(1.0) + hang, patience=USUAL), "1")
     process = start("-c", BEGIN + allow.format(USUAL) + f"time.sleep({2 * PATIENCE})")
     assert process.wait() == 0
-    process = start("-c", BEGIN + allow.format(0.0) + "os.waitpid(-1, 0)")
-    assert "ChildProcessError" in process.communicate()[1]
+
+
+BEATS = """
+import threading
+def beat():
+    while True:
+        monitor.all_is_well()
+        time.sleep(0.1 * PATIENCE)
+threading.Thread(target=beat, daemon=True).start()
+""".replace("PATIENCE", str(PATIENCE))
+
+
+def test_a_rank_whose_watchdog_looks_at_it_is_left_to_that(start: Start) -> None:
+    process = start("-c", BEGIN + BEATS + f"time.sleep({3 * PATIENCE}); print('there')")
+    assert process.communicate() == ("there\n", "")
+
+
+def test_a_watchdog_that_cannot_look_any_more_is_missed(start: Start) -> None:
+    """A call holds Python's lock; the little that others do meanwhile is no work."""
+    stepped = "monitor.all_is_well(stepped=True)\n"
+    little = """
+zero = os.open("/dev/zero", os.O_RDONLY)
+if os.fork() == 0:
+    while True:
+        time.sleep(0.1)
+        os.read(zero, 1)
+"""
+    hang = "time.sleep(0.5); ctypes.PyDLL(None).read(os.pipe()[0], b' ', 1)"
+    process = start("-c", BEGIN + BEATS + stepped + little + hang)
+    err = said(process, "[23]", stepped=True)
+    assert 'File "<string>"' in err
+
+
+def test_a_watchdog_is_not_silent_for_ever_whatever_else_is_done(start: Start) -> None:
+    slow = BEGIN.replace("monitor.begin", "monitor.SLOW = 5.0\nmonitor.begin")
+    work = "zero = open('/dev/zero', 'rb')\nwhile True: zero.read(1 << 16)"
+    err = start("-c", slow + "monitor.all_is_well(stepped=True)\n" + work).communicate()[1]
+    said = r"^error: rank 0 \(.*\) hangs: its watchdog has been silent for [56] s$"
+    assert re.search(said, err, re.M), err
+
+
+def test_why_a_rank_was_ended_is_in_its_status(start: Start, tmp_path: Path) -> None:
+    status, hang = tmp_path / "status.json", "time.sleep(1000)"
+    tell = f"monitor.all_is_well(status={str(status)!r})\n"
+    status.write_text(json.dumps({"state": "running", "reason": None, "step": 7, "time": "then"}))
+    err = said(start("-c", BEGIN + tell + hang), "[23]")
+    got = json.loads(status.read_text())
+    assert f"error: {got.pop('reason')}\n" in err
+    assert got.pop("time") > "2026-01-01T"
+    assert got == {"state": "failed", "step": 7}
+    ended = json.dumps({"state": "stopped", "reason": "SIGTERM"})
+    status.write_text(ended)
+    said(start("-c", BEGIN + tell + hang), "[23]")
+    assert status.read_text() == ended
+    status.write_text("[")
+    said(start("-c", BEGIN + tell + hang), "[23]")
+    assert status.read_text() == "["
+
+
+def test_a_status_on_a_disk_that_hangs_holds_nothing_up(start: Start, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "status.json")
+    tell = f"monitor.all_is_well(status={str(tmp_path / 'status.json')!r})\n"
+    quick = BEGIN.replace("monitor.begin", "monitor.DISK_SECONDS = 0.5\nmonitor.begin")
+    said(start("-c", quick + tell + "time.sleep(1000)"), "[23]")
+
+
+def test_what_a_rank_has_started_ends_with_it(start: Start) -> None:
+    """A data worker that is stopped would stay."""
+    child = "subprocess.Popen(['sleep', '1000'], stdout=subprocess.DEVNULL, stderr=2)"
+    stop = "os.kill(child.pid, signal.SIGSTOP); print(child.pid, flush=True); time.sleep(1000)"
+    process = start("-c", BEGIN + f"import subprocess; child = {child}; {stop}")
+    assert process.stdout is not None
+    pid = int(process.stdout.readline())
+    said(process, "[23]")
+    assert state_of(pid) in ("", "Z")
 
 
 def test_a_hang_timeout_of_zero_is_for_ever(start: Start) -> None:
@@ -198,13 +255,13 @@ def test_where_too_little_is_told_nothing_watches(start: Start, tmp_path: Path) 
     """The bytes that are read are kept secret of some, or not counted at all."""
     (tmp_path / "self").mkdir()
     (tmp_path / "self" / "stat").touch()
-    proc = f"from pathlib import Path\nstartup.PROC = Path({str(tmp_path)!r})\nstartup.begin"
-    process = start("-c", BEGIN.replace("startup.begin", proc) + "os.waitpid(-1, 0)")
+    proc = f"from pathlib import Path\nmonitor.PROC = Path({str(tmp_path)!r})\nmonitor.begin"
+    process = start("-c", BEGIN.replace("monitor.begin", proc) + "os.waitpid(-1, 0)")
     assert "ChildProcessError" in process.communicate()[1]
 
 
 def test_the_timeout_is_read_before_there_is_a_parser() -> None:
-    from lst.train.startup import _patience
+    from lst.train.monitor import _patience
 
     assert _patience(["demo", "--steps", "3"]) == USUAL
     assert _patience(["demo", "--hang-timeout", "60", "--steps", "3"]) == 60
