@@ -120,6 +120,8 @@ def _watch(rank: int, reads: int, patience: float) -> None:
     """Until the rank ends; it writes what :func:`all_is_well` tells, a line each."""
     for number in (signal.SIGINT, *SIGNALS):  # of a terminal or a whole job: it ends with the rank
         signal.signal(number, signal.SIG_IGN)
+    with suppress(OSError):
+        (PROC / "self" / "comm").write_text("lst-monitor")  # what top shows
     stepped, status = False, None
     idle, silent = 0.0, -math.inf  # imports may take for ever, as long as they get on
     before, last = None, time.monotonic()

@@ -146,6 +146,10 @@ def test_what_watches_ends_with_the_command_or_before(start: Start) -> None:
     assert process.stdout is not None
     process.stdout.readline()
     (child,) = children(process.pid)
+    began = time.monotonic()
+    while Path(f"/proc/{child}/comm").read_text() != "lst-monitor\n":  # a name to know it by
+        assert time.monotonic() - began < 5
+        time.sleep(0.01)
     process.kill()
     began = time.monotonic()
     process.communicate()  # whatever holds on to its pipes
