@@ -50,15 +50,16 @@ _child: tuple[int, int] | None = None  # its number, and where it is written to
 
 
 def begin() -> None:
-    """Keep signals for the run, and watch this process, which has not started any thread; where
-    /proc does not tell of it, or not of the bytes that it reads, do not."""
+    """Keep signals for the run, print this process's stacks where STACKS asks for them, and watch
+    it, which has not started any thread; where /proc does not tell of it, or not of the bytes that
+    it reads, do not."""
     global _child
     for number in SIGNALS:
         signal.signal(number, lambda number, _: asked.append(number))
+    faulthandler.register(STACKS, sys.__stderr__ or 2)
     patience = _patience(sys.argv[1:])
     if patience == 0 or not os.access(PROC / "self" / "io", os.R_OK):
         return
-    faulthandler.register(STACKS, sys.__stderr__ or 2)
     rank = os.getpid()
     reads, writes = os.pipe()
     child = os.fork()
@@ -102,7 +103,6 @@ def end() -> None:
     with suppress(ProcessLookupError, ChildProcessError):  # somebody else has waited for it
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    faulthandler.unregister(STACKS)
 
 
 def _patience(arguments: list[str]) -> float:

@@ -255,6 +255,14 @@ def test_a_hang_timeout_of_zero_is_for_ever(start: Start) -> None:
     assert "ChildProcessError" in process.communicate()[1]
 
 
+@pytest.mark.parametrize("patience", [0, USUAL])
+def test_a_rank_prints_its_stacks_when_it_is_asked_to(start: Start, patience: float) -> None:
+    ask = "os.kill(os.getpid(), signal.SIGUSR2); time.sleep(0.1); monitor.end(); print('there')"
+    out, err = start("-c", BEGIN + ask, patience=patience).communicate()
+    assert out == "there\n"
+    assert 'File "<string>", line 4 in <module>' in err
+
+
 def test_where_too_little_is_told_nothing_watches(start: Start, tmp_path: Path) -> None:
     """The bytes that are read are kept secret of some, or not counted at all."""
     (tmp_path / "self").mkdir()
