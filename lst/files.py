@@ -136,11 +136,16 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside ``path``, to write to. What is there at the end of the block takes
     ``path``'s place; ``path`` is the old file or the whole new one, whenever the power fails.
 
-    Processes and threads may write the same file at once; one of them wins.
+    Processes and threads may write the same file at once; one of them wins. A link stays, and the
+    file that it leads to is replaced.
 
     Raises:
-        UserError: it cannot be written. The old file stays, here as after any other exception.
+        UserError: it cannot be written, or is a device or a pipe, such as /dev/null. The old file
+            stays, here as after any other exception.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):  # root may rename over a device
+        raise UserError(f"{path}: expected a file to write, got a device or a pipe")
+    path = path.resolve()
     writer = f"{os.uname().nodename}-{os.getpid()}-{threading.get_ident()}"
     temporary = path.with_name(f"{path.name}.{writer}.tmp")
     with writing(path):

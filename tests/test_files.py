@@ -133,6 +133,19 @@ def test_threads_that_write_one_file_leave_one_of_theirs(tmp_path):
     assert [each.name for each in tmp_path.iterdir()] == ["a"]
 
 
+def test_a_pipe_and_a_link_are_not_replaced_by_a_file(tmp_path):
+    """As root, a result written to /dev/null took the device's place."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=r"pipe: expected a file to write, got a device or a pipe$"):
+        write_json(tmp_path / "pipe", 1)
+    assert (tmp_path / "pipe").is_fifo()
+    (tmp_path / "link").symlink_to("elsewhere")
+    for value in (1, 2):  # first to nothing, then to a file
+        write_json(tmp_path / "link", value)
+        assert (tmp_path / "link").is_symlink()
+        assert json.loads((tmp_path / "elsewhere").read_text()) == value
+
+
 def test_what_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/a: cannot be written \(Not a directory\)$"):
