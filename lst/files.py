@@ -143,9 +143,10 @@ def replacing(path: Path) -> Iterator[Path]:
         UserError: it cannot be written, or is a device or a pipe, such as /dev/null. The old file
             stays, here as after any other exception.
     """
-    if path.exists() and not (path.is_file() or path.is_dir()):  # root may rename over a device
-        raise UserError(f"{path}: expected a file to write, got a device or a pipe")
-    path = path.resolve()
+    with writing(path):
+        if path.exists() and not (path.is_file() or path.is_dir()):  # root may rename over a device
+            raise UserError(f"{path}: expected a file to write, got a device or a pipe")
+        path = path.resolve()
     writer = f"{os.uname().nodename}-{os.getpid()}-{threading.get_ident()}"
     temporary = path.with_name(f"{path.name}.{writer}.tmp")
     with writing(path):
