@@ -30,7 +30,8 @@ from lst.machine import find_device
 from lst.model import LanguageModel, build_model
 from lst.speech.units import LogMelKMeans
 from lst.speech_bpe import SPEECH_BPE, SpeechBPE
-from lst.train.config import TrainConfig, read_json, read_strictly, to_json
+from lst.strict_json import read_json, read_strictly
+from lst.train.config import TrainConfig, to_json
 from lst.vocabulary import JsonTokenizer, SentencePieceTokenizer, Tokenizer, Vocabulary
 
 __all__ = ["Pretrained", "from_pretrained", "save_pretrained"]

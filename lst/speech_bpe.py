@@ -9,7 +9,6 @@ unit is a piece of its own too, so that any sequence can be encoded and none is 
 import hashlib
 import io
 import itertools
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
@@ -18,6 +17,7 @@ import numpy as np
 
 from lst.errors import UserError
 from lst.files import Location
+from lst.strict_json import parse_json
 
 __all__ = [
     "SPEECH_BPE",
@@ -72,7 +72,7 @@ class SpeechBPE:
             return cls(Location(path).read_bytes())
         except FileNotFoundError:
             raise UserError(f"{path}: expected a speech BPE model, got no file") from None
-        except RuntimeError:
+        except (RuntimeError, ValueError):  # a piece that is no text, too
             raise UserError(
                 f"{path}: expected a SentencePiece model over speech units, got another file"
             ) from None
@@ -124,14 +124,14 @@ def read_speech_bpe(corpus: Location, codebook: str | None) -> SpeechBPE:
     """
     path = corpus / SPEECH_BPE_INFO
     try:
-        facts = json.loads(path.read_bytes())
+        facts = parse_json(path.read_bytes(), str(path))
         expected, trained_on = facts["speech_bpe"], facts["codebook"]
     except FileNotFoundError:
         raise UserError(
             f"{path}: expected the description of a speech BPE, got no file; "
             f"make one by python -m lst.prepare speech-bpe {corpus}"
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise UserError(f"{path}: expected a speech BPE's description, got {error!r}") from None
     bpe = SpeechBPE.load(corpus / SPEECH_BPE)
     if bpe.fingerprint != expected:

@@ -214,7 +214,7 @@ class SentencePieceTokenizer(Tokenizer):
         super().__init__(content)
         self._processor = SentencePieceProcessor()
         self._processor.LoadFromSerializedProto(content)  # of no bytes model_proto= makes none
-        self._piece_lengths: np.ndarray | None = None
+        self._piece_lengths = _piece_lengths(self._processor)
 
     @property
     def num_pieces(self) -> int:
@@ -227,8 +227,6 @@ class SentencePieceTokenizer(Tokenizer):
         return self._processor.decode([int(piece) for piece in pieces])
 
     def piece_ends(self, text: str) -> np.ndarray:
-        if self._piece_lengths is None:
-            self._piece_lengths = _piece_lengths(self._processor)
         blank = int(self._piece_lengths[self.encode("a")].sum()) - 1  # put before every text, or 0
         ends = np.cumsum(self._piece_lengths[self.encode(text)], dtype=np.int32) - blank
         if text and (not len(ends) or ends[-1] != len(text)):

@@ -228,7 +228,7 @@ def other_weights(change_them: Callable[[dict[str, Any]], Any]) -> Callable[[Pat
         (remove("model.safetensors"), r"saved/model.safetensors: expected a file of the pre"),
         (remove("tokenizer.model"), r"saved/tokenizer.model: expected a file of the pretrained"),
         (remove("codebook.safetensors"), r"saved/codebook.safetensors: expected a file of the"),
-        (remove("config.json"), r"saved/config.json: no configuration could be read \(No such"),
+        (remove("config.json"), r"saved/config.json: cannot be read \(No such"),
         (truncate("config.json"), r"saved/config.json: expected JSON, got "),
         (truncate("model.safetensors"), r"model.safetensors: expected sha256:\w+, as config.json "),
         (truncate_and_retell, r"saved/model.safetensors: cannot be read \(.*incomplete"),

@@ -7,7 +7,6 @@ the same for all seeds, so more seeds do not make more items. That treats two ar
 though they answer the same questions, which makes it harder to show a difference, not easier.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import sqrt
@@ -17,7 +16,9 @@ from typing import Any
 
 from lst.compare.arms import ARMS
 from lst.compare.study import Budget, Result, Study, run_folder
+from lst.errors import UserError
 from lst.files import make_folder, replacing, write_atomically, write_json
+from lst.train.metrics import read_metrics
 
 TASKS = {"hellaswag": "HellaSwag", "storycloze": "StoryCloze", "topicstorycloze": "TopicStoryCloze"}
 MODES = ("S→S", "T→T")
@@ -254,13 +255,18 @@ def draw_curves(runs: Mapping[str, Sequence[Result]], out: Path, path: Path) -> 
 
 def curve(folder: Path, split: str) -> list[dict[str, Any]]:
     """The validation lines of one set, with how much had been read and computed by then."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {**line, "tokens": (line["seen_text_tokens"] + line["seen_speech_units"]) / 1e6}
-        | {"flops": line["flops"] / 1e12}
-        for line in lines
-        if line["split"] == split
-    ]
+    path = folder / "metrics.jsonl"
+    lines = [line for line in read_metrics(path) if line.get("split") == split]
+    try:
+        return [
+            {**line, "tokens": (line["seen_text_tokens"] + line["seen_speech_units"]) / 1e6}
+            | {"flops": line["flops"] / 1e12}
+            for line in lines
+        ]
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: expected every {split} line to tell what was seen, got none of {error}"
+        ) from None
 
 
 # All of it ----------------------------------------------------------------------------------------

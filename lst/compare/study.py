@@ -10,16 +10,18 @@ A run is named by what it is, ``ARM-STEPS-seedN``, so an arm that both budgets g
 of steps is run once; and a study that was stopped goes on with the runs that are not finished.
 """
 
-import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from lst.compare.arms import ARMS, Arm
 from lst.errors import UserError
+from lst.evaluate.choice import Score
 from lst.prepare.demo import DemoConfig
+from lst.strict_json import read_json, read_strictly
 from lst.train.config import TrainConfig
+from lst.train.metrics import read_metrics
 
 __all__ = [
     "BUDGETS",
@@ -117,24 +119,30 @@ def steps_of(planned: Planned, study: Study, out: Path) -> int | None:
     return steps if abs(ratio - 1) < SAME else max(1, round(ratio * steps))
 
 
+_OF_TRAINING = {
+    "steps": "step",
+    "units": "seen_units",
+    "text_tokens": "seen_text_tokens",
+    "speech_units": "seen_speech_units",
+    "flops": "flops",
+    "seconds": "seconds",
+}  # fields of Result, and what metrics.jsonl calls them
+
+
 def read_result(out: Path, arm: Arm, steps: int, seed: int) -> Result | None:
-    """What a run came to; None where it is not finished."""
+    """What a run came to; None where it is not finished. Raises UserError where it is damaged."""
     folder = run_folder(out, arm, steps, seed)
     stories = folder / "story_completion.json"
     if not stories.exists():
         return None
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    last = {line["split"]: line for line in lines}
-    train = last.pop("train")
-    return Result(
-        arm=arm.name,
-        seed=seed,
-        steps=train["step"],
-        units=train["seen_units"],
-        text_tokens=train["seen_text_tokens"],
-        speech_units=train["seen_speech_units"],
-        flops=train["flops"],
-        seconds=train["seconds"],
-        valid=last,
-        scores=json.loads(stories.read_text()),
-    )
+    metrics, scores = folder / "metrics.jsonl", read_json(stories)
+    last = {line["split"]: line for line in read_metrics(metrics) if "split" in line}
+    train = last.pop("train", None)
+    if train is None:
+        raise UserError(f"{metrics}: expected the metrics of a finished run, got no training")
+    if not isinstance(scores, list):
+        raise UserError(f"{stories}: expected a list of scores, got {type(scores).__name__}")
+    values = {name: train[key] for name, key in _OF_TRAINING.items() if key in train}
+    values |= {"arm": arm.name, "seed": seed, "valid": last}
+    values["scores"] = [asdict(read_strictly(Score, each, str(stories))) for each in scores]
+    return read_strictly(Result, values, str(metrics))

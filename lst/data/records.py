@@ -18,7 +18,6 @@ error that names the file, never a silent loss of data.
 
 import hashlib
 import io
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -33,6 +32,7 @@ import pyarrow.parquet as pq
 
 from lst.errors import UserError
 from lst.files import Location, write_atomically, write_json
+from lst.strict_json import parse_json, read_strictly
 
 __all__ = [
     "FRAMES_PER_SECOND",
@@ -47,6 +47,7 @@ __all__ = [
     "WrittenShard",
     "join_shards",
     "read_items",
+    "shard_name",
     "validate_record",
     "write_items",
     "write_shard",
@@ -260,7 +261,7 @@ class RecordWriter:
 
     def write(self, record: Record) -> None:
         """Add one record. Raises UserError where it is not a valid one."""
-        where = f"{self.folder / _shard_name(len(self._shards))}, row {len(self._rows)}"
+        where = f"{self.folder / shard_name(len(self._shards))}, row {len(self._rows)}"
         validate_record(record, self._num_units, where)
         self._rows.append(_record_row(record))
         self._num_records += 1
@@ -291,7 +292,7 @@ class RecordWriter:
 
     def _flush(self) -> None:
         table = pa.Table.from_pylist(self._rows, schema=_RECORD_SCHEMA)
-        self._shards.append(_write_shard(self.folder, _shard_name(len(self._shards)), table))
+        self._shards.append(_write_shard(self.folder, shard_name(len(self._shards)), table))
         self._rows = []
 
 
@@ -306,7 +307,7 @@ def write_shard(
         UserError: a record that is not valid. Nothing is written then.
     """
     folder = Path(folder)
-    name = _shard_name(index)
+    name = shard_name(index)
     for row, record in enumerate(records):
         validate_record(record, num_units, f"{folder / name}, row {row}")
     table = pa.Table.from_pylist([_record_row(each) for each in records], schema=_RECORD_SCHEMA)
@@ -360,7 +361,7 @@ def write_items(
     _clear(folder)
     rows = []
     for index, item in enumerate(items):
-        _validate_item(item, num_units, f"{folder / _shard_name(0)}, row {index}")
+        _validate_item(item, num_units, f"{folder / shard_name(0)}, row {index}")
         rows.append(
             {
                 "id": item.id,
@@ -372,7 +373,7 @@ def write_items(
         )
     if not rows:
         raise UserError(f"{folder}: expected items to write, got none")
-    shard = _write_shard(folder, _shard_name(0), pa.Table.from_pylist(rows, schema=_ITEM_SCHEMA))
+    shard = _write_shard(folder, shard_name(0), pa.Table.from_pylist(rows, schema=_ITEM_SCHEMA))
     counts = {
         "num_records": len(rows),
         "num_frames": 0,
@@ -395,7 +396,8 @@ def _record_row(record: Record) -> dict[str, Any]:
     return row
 
 
-def _shard_name(index: int) -> str:
+def shard_name(index: int) -> str:
+    """The file of a dataset's shard."""
     return f"shard-{index:05d}.parquet"
 
 
@@ -564,18 +566,18 @@ def _read_info(
         ) from None
     sizes = folder.sizes()
     try:
-        facts = json.loads(content)
+        facts = parse_json(content, str(path))
         if (facts["format"], facts["kind"]) != (FORMAT, kind):
             raise UserError(
                 f"{path}: expected {kind} in format {FORMAT}, "
                 f"got {facts['kind']} in format {facts['format']}"
             )
-        shards = tuple(ShardInfo(**shard) for shard in facts["shards"])
-        names = [name for name in DatasetInfo.__dataclass_fields__ if name != "shards"]
-        info = DatasetInfo(**{name: facts[name] for name in names}, shards=shards)
-        _check_types(info)
-    except (ValueError, KeyError, TypeError) as error:
+        known = {name: facts[name] for name in DatasetInfo.__dataclass_fields__}
+    except (KeyError, TypeError) as error:
         raise UserError(f"{path}: expected a dataset's description, got {error!r}") from None
+    info = read_strictly(DatasetInfo, known, str(path))
+    shards = info.shards
+    _check_counts(info, str(path))
     if info.num_records == 0 or sum(shard.rows for shard in shards) != info.num_records:
         raise UserError(
             f"{path}: expected records and shards that agree, got {info.num_records} records and "
@@ -592,16 +594,12 @@ def _read_info(
     return info, f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
-def _check_types(info: DatasetInfo) -> None:
-    """Raise ValueError where something that is counted is no count, or a name no text."""
+def _check_counts(info: DatasetInfo, where: str) -> None:
     counts = [info.num_records, info.num_frames, info.num_characters, info.num_units]
     counts += [count for shard in info.shards for count in (shard.rows, shard.bytes)]
     for count in counts:
-        if not isinstance(count, int) or count < 0:
-            raise ValueError(f"{count!r} is no count")
-    for name in (text for shard in info.shards for text in (shard.name, shard.sha256)):
-        if not isinstance(name, str):
-            raise ValueError(f"{name!r} is no name")
+        if count < 0:
+            raise UserError(f"{where}: expected counts, got {count}")
 
 
 def _check_size(where: str, shard: ShardInfo, size: int | None) -> None:

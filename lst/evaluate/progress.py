@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,10 +18,20 @@ from typing import Any, Self
 from lst.errors import UserError
 from lst.evaluate.choice import Likelihood
 from lst.files import writing
+from lst.strict_json import read_json_lines, read_strictly
 
 __all__ = ["Progress"]
 
 SUFFIX = ".answers.jsonl"
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """A line after the first."""
+
+    mode: str
+    question: int
+    endings: list[Likelihood]
 
 
 class Progress:
@@ -86,18 +96,17 @@ class Progress:
         content = self._file.read()
         whole = content.rfind(b"\n") + 1
         os.truncate(self._file.fileno(), whole)
-        lines = content[:whole].splitlines()
+        lines = list(read_json_lines(self.path))
         if not lines:
             self._write({"of": of})
             return
-        try:
-            before, *answers = map(json.loads, lines)
-            before = before["of"]
-            for answer in answers:
-                endings = [Likelihood(**ending) for ending in answer["endings"]]
-                self._answers[answer["mode"], answer["question"]] = endings
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{self.path}: expected answers of this command, got others") from None
+        (_, where, first), *answers = lines
+        before = first.get("of") if isinstance(first, dict) else None
+        if not isinstance(before, dict):
+            raise UserError(f"{where}: expected what the answers depend on, got something else")
+        for _, where, values in answers:
+            answer = read_strictly(_Answer, values, where)
+            self._answers[answer.mode, answer.question] = answer.endings
         for name in of.keys() | before.keys():
             if of.get(name) != before.get(name):
                 raise UserError(

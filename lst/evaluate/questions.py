@@ -19,7 +19,6 @@ Every error names the file, and the line where there is one.
 
 import csv
 import io
-import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,6 +31,7 @@ from lst.data.records import Record, StoryItem
 from lst.errors import UserError
 from lst.files import reason
 from lst.speech.audio import AUDIO_SUFFIXES
+from lst.strict_json import parse_json
 
 __all__ = ["READERS", "Passage", "Question", "has_sides", "of_items", "read_questions", "sides"]
 
@@ -135,10 +135,7 @@ def _hellaswag(task: str, path: Path) -> list[Question]:
         where = f"{path}, line {line}"
         if not text.strip():
             continue
-        try:
-            fields = json.loads(text)
-        except ValueError as error:
-            raise UserError(f"{where}: expected JSON, got {error}") from None
+        fields = parse_json(text, where)
         if not isinstance(fields, dict):
             raise UserError(f"{where}: expected an object, got {text[:40]!r}")
         columns = ("activity_label", "ctx_a", "ctx_b")

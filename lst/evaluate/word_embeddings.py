@@ -11,12 +11,11 @@ the global transformer reads of it. Of the chosen words' vectors (paper, section
 and a t-SNE picture, coloured by category.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -29,6 +28,7 @@ from lst.data.records import Dataset, Record
 from lst.errors import UserError, run_command
 from lst.files import Location, make_folder, replacing, write_json
 from lst.model import LanguageModel
+from lst.strict_json import read_json
 from lst.train.checkpoint import load_model
 from lst.train.corpus import made_with
 from lst.vocabulary import Tokenizer, Vocabulary
@@ -206,12 +206,7 @@ class WordEmbeddingsConfig:
 
 def read_categories(path: Path) -> dict[str, list[str]]:
     """Raises UserError where the file is not ``{"category": ["word", …], …}``."""
-    try:
-        values: Any = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise UserError(f"{path}: expected JSON, got {error}") from None
+    values = read_json(path)
     if not isinstance(values, dict) or not all(
         isinstance(words, list) and all(isinstance(word, str) for word in words)
         for words in values.values()

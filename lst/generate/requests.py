@@ -12,7 +12,7 @@ fields of :class:`lst.generate.Sampling`, but for ``stop``, in the place of the 
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from lst.errors import UserError
 from lst.generate.prompt import Span
 from lst.generate.sampling import Sampling
 from lst.speech.audio import AUDIO_SUFFIXES
+from lst.strict_json import read_json_lines
 from lst.vocabulary import SPEECH, TEXT, Tokenizer, Vocabulary
 
 __all__ = ["Request", "audio_or_text", "read_requests", "stop_ids"]
@@ -53,7 +54,10 @@ def read_requests(path: Path, sampling: Sampling, listen: LISTEN) -> list[Reques
         UserError: no such file, or a line that is no request, by its number.
     """
     requests: dict[str, Request] = {}
-    for number, where, values in _lines(path):
+    for number, where, values in read_json_lines(path):
+        if not isinstance(values, dict):
+            got = json.dumps(values)[:40]
+            raise UserError(f"{where}: expected an object with a prompt, got {got}")
         name = str(values.pop("id", number))
         if name in requests:
             raise UserError(f"{where}: expected an id of its own, got {name!r} again")
@@ -70,24 +74,6 @@ def read_requests(path: Path, sampling: Sampling, listen: LISTEN) -> list[Reques
     if not requests:
         raise UserError(f"{path}: expected requests, a line each, got none")
     return list(requests.values())
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise UserError(f"{path}: expected a JSONL file of requests, got none ({why})") from None
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            where = f"{path}, line {number}"
-            try:
-                values = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{where}: expected JSON, got {error}") from None
-            if not isinstance(values, dict):
-                raise UserError(f"{where}: expected an object with a prompt, got {line[:40]}")
-            yield number, where, values
 
 
 def _span(part: Any, folder: Path, where: str, listen: LISTEN) -> Span:

@@ -26,7 +26,6 @@ feature with the mean and deviation of the checkpoint's rows.
 So a text document, ``<bos> pieces <eos>``, gets the checkpoint's logits over the text pieces.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +37,7 @@ from torch import Tensor
 
 from lst.errors import UserError
 from lst.model.config import ModelConfig, RopeScaling, StackConfig
+from lst.strict_json import read_json
 from lst.vocabulary import BOS, EOS, Vocabulary
 
 __all__ = ["from_llama", "llama_config", "llama_weights", "read_llama_config"]
@@ -237,14 +237,9 @@ def _open(path: Path) -> Any:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(
-            f"{path}: expected a Llama checkpoint in Hugging Face's format ({error.strerror})"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"{path}: expected JSON, got {error}") from None
+    if not path.is_file():
+        raise UserError(f"{path}: expected a Llama checkpoint in Hugging Face's format, got none")
+    values = read_json(path)
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a JSON object, got {type(values).__name__}")
     return values

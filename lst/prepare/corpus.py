@@ -20,6 +20,7 @@ import fcntl
 import json
 import re
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -35,11 +36,11 @@ from tqdm import tqdm
 from lst.data.records import (
     FRAMES_PER_SECOND,
     Record,
-    ShardInfo,
     Span,
     Word,
     WrittenShard,
     join_shards,
+    shard_name,
     validate_record,
     write_shard,
 )
@@ -61,6 +62,7 @@ from lst.prepare.sources import (
 from lst.prepare.speech import Studio
 from lst.prepare.text import text_records
 from lst.speech.units import UnitEncoder, UnitsConfig, load_units
+from lst.strict_json import parse_json, read_json, read_json_lines, read_strictly
 
 if TYPE_CHECKING:
     from lst.speech.alignment import CTCAligner
@@ -138,6 +140,11 @@ class Plan:
     num_shards: int
     result: dict[str, int] | None = None
 
+    def inputs_of(self, index: int) -> int:
+        """How many a shard has."""
+        size: int = self.settings["shard_inputs"]
+        return min(size, self.num_inputs - index * size)
+
 
 @dataclass(frozen=True)
 class ShardReport:
@@ -193,7 +200,7 @@ def prepare_corpus(config: CorpusConfig) -> Made:
     todo, seen = [], _Seen(config)
     for index in indices:
         if _report_path(work, index).is_file():
-            seen.add(_read_report(work, index))
+            seen.add(_read_report(work, plan, index))
         else:
             todo.append(index)
     made: list[ShardReport] = []
@@ -203,7 +210,7 @@ def prepare_corpus(config: CorpusConfig) -> Made:
         with tqdm(total=total, desc=config.out.name, unit="in", disable=None) as bar:
             for index in todo:
                 seen.check_share(enough=ENOUGH_SEEN)
-                made.append(_make_shard(config, maker, index, bar))
+                made.append(_make_shard(config, maker, plan, index, bar))
                 seen.add(made[-1])
     return Made.of(_join(config, plan), made)
 
@@ -328,20 +335,21 @@ def _with_unique_ids(inputs: Iterator[Input]) -> Iterator[Input]:
 
 def _read_plan(out: Path) -> Plan:
     path = out / PLAN
-    try:
-        facts = json.loads(path.read_text())
-        if facts.pop("format") != FORMAT:
-            raise ValueError("another format")
-        plan = Plan(**facts)
-        made = plan.result or dict.fromkeys(RESULT, 0)
-        counts = [plan.num_inputs, plan.num_shards, *(made[name] for name in RESULT)]
-        if not all(isinstance(each, int) and each >= 0 for each in counts):
-            raise ValueError(f"counts {counts}")
-        if plan.num_shards != -(-plan.num_inputs // plan.settings["shard_inputs"]):
-            raise ValueError(f"{plan.num_inputs} inputs in {plan.num_shards} shards")
-        return plan
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
-        raise UserError(f"{path}: expected the plan of a corpus, got {error!r}") from None
+    facts = read_json(path)
+    if not isinstance(facts, dict) or facts.pop("format", None) != FORMAT:
+        raise UserError(f"{path}: expected the plan of a corpus in format {FORMAT}")
+    plan = read_strictly(Plan, facts, str(path))
+    made = dict.fromkeys(RESULT, 0) if plan.result is None else plan.result
+    counts = [plan.num_inputs, plan.num_shards, *made.values()]
+    if made.keys() != set(RESULT) or min(counts) < 0:
+        raise UserError(f"{path}: expected counts of {', '.join(RESULT)}, got {made}")
+    size = plan.settings.get("shard_inputs")
+    if type(size) is not int or size < 1 or plan.num_shards != -(-plan.num_inputs // size):
+        raise UserError(
+            f"{path}: expected inputs in shards of shard_inputs, got {plan.num_inputs} in "
+            f"{plan.num_shards} of {size!r}"
+        )
+    return plan
 
 
 def _work(config: CorpusConfig) -> Path:
@@ -405,22 +413,19 @@ def _num_units(config: CorpusConfig) -> int:
     return AUTHORS_UNITS if source_kind(config) == "authors" else 0
 
 
-def _make_shard(config: CorpusConfig, maker: _Maker, index: int, bar: Any) -> ShardReport:
+def _make_shard(
+    config: CorpusConfig, maker: _Maker, plan: Plan, index: int, bar: Any
+) -> ShardReport:
     work = _work(config)
-    path = _inputs_path(work, index)
-    try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    inputs = _read_inputs(_inputs_path(work, index), maker.kind, plan.inputs_of(index))
     journal_path = work / f"journal-{index:05d}.jsonl"
     with _journal(journal_path) as (outcomes, file):
         bar.update(len(outcomes))
-        for line in lines[len(outcomes) :]:
-            outcomes.append(maker.make(from_json(maker.kind, line)))
-            if len(outcomes) < len(lines):  # the shard itself follows the last one
-                entry = json.dumps([_outcome_json(each) for each in outcomes[-1]]) + "\n"
+        for each in inputs[len(outcomes) :]:
+            outcomes.append(maker.make(each))
+            if len(outcomes) < len(inputs):  # the shard itself follows the last one
                 with writing(journal_path):
-                    file.write(entry.encode())
+                    file.write(_entry(outcomes[-1]))
                     file.flush()
             bar.update()
         found = [each for outcome in outcomes for each in outcome]
@@ -429,7 +434,7 @@ def _make_shard(config: CorpusConfig, maker: _Maker, index: int, bar: Any) -> Sh
             shard = write_shard(config.out, index, records, num_units=maker.num_units)
         report = ShardReport(
             shard=shard if records else None,
-            num_inputs=len(lines),
+            num_inputs=len(inputs),
             num_unaligned=sum(
                 each.words is None and each.text is not None and each.units is not None
                 for each in records
@@ -441,11 +446,19 @@ def _make_shard(config: CorpusConfig, maker: _Maker, index: int, bar: Any) -> Sh
     return report
 
 
+def _read_inputs(path: Path, kind: str, number: int) -> list[Input]:
+    """Raises UserError where they are not the ones that were planned, as far as it shows."""
+    inputs = [from_json(kind, values, where) for _, where, values in read_json_lines(path)]
+    if len(inputs) != number:
+        raise UserError(f"{path}: expected {number} inputs, got {len(inputs)}")
+    return inputs
+
+
 @contextmanager
 def _journal(path: Path) -> Iterator[tuple[list[list[Outcome]], BinaryIO]]:
     """(what came of the inputs so far, a file to add to), locked against other processes.
 
-    What a killed process left unfinished at its end is dropped.
+    From the first line on that is not whole, as where a process was killed, it is dropped.
     """
     with writing(path):
         file = path.open("a+b")
@@ -462,17 +475,28 @@ def _journal(path: Path) -> Iterator[tuple[list[list[Outcome]], BinaryIO]]:
         file.seek(0)
         num_whole = 0
         for line in file.readlines():
-            try:
-                found = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
-                found = None
+            found = _outcomes_of(line)
             if found is None:
                 break
-            outcomes.append([_outcome_of(each) for each in found])
+            outcomes.append(found)
             num_whole += len(line)
         with writing(path):
             file.truncate(num_whole)
         yield outcomes, file
+
+
+def _entry(outcomes: list[Outcome]) -> bytes:
+    """A line of the journal: what came of an input, after its checksum."""
+    content = json.dumps([_outcome_json(each) for each in outcomes]).encode()
+    return b"%08x %s\n" % (zlib.crc32(content), content)
+
+
+def _outcomes_of(line: bytes) -> list[Outcome] | None:
+    """What :func:`_entry` was given; None of a line that is not whole."""
+    checksum, _, content = line.removesuffix(b"\n").partition(b" ")
+    if not line.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(content):
+        return None
+    return [_outcome_of(each) for each in json.loads(content)]
 
 
 def _outcome_json(outcome: Outcome) -> dict[str, Any]:
@@ -494,14 +518,17 @@ def _outcome_of(fields: dict[str, Any]) -> Outcome:
     )
 
 
-def _read_report(work: Path, index: int) -> ShardReport:
+def _read_report(work: Path, plan: Plan, index: int) -> ShardReport:
+    """Raises UserError where it is damaged, FileNotFoundError where it is not there."""
     path = _report_path(work, index)
-    facts = json.loads(path.read_text())
-    shard = facts["shard"]
-    if shard is not None:
-        shard = WrittenShard(**{**shard, "info": ShardInfo(**shard["info"])})
-    skipped = [Skipped(**each) for each in facts["skipped"]]
-    return ShardReport(**{**facts, "shard": shard, "skipped": skipped})
+    report = read_strictly(ShardReport, parse_json(path.read_bytes(), str(path)), str(path))
+    got = (None if report.shard is None else report.shard.info.name, report.num_inputs)
+    if got[0] not in (None, shard_name(index)) or got[1] != plan.inputs_of(index):
+        raise UserError(
+            f"{path}: expected {shard_name(index)} of {plan.inputs_of(index)} inputs, "
+            f"got {got[0]} of {got[1]}; without this file the shard is made again"
+        )
+    return report
 
 
 # The dataset --------------------------------------------------------------------------------------
@@ -518,7 +545,7 @@ def _join(config: CorpusConfig, plan: Plan) -> bool:
     try:
         if not all(_report_path(work, index).is_file() for index in range(plan.num_shards)):
             return is_made(config)
-        reports = [_read_report(work, index) for index in range(plan.num_shards)]
+        reports = [_read_report(work, plan, index) for index in range(plan.num_shards)]
     except FileNotFoundError:  # another rank has made it since
         return is_made(config)
     seen = _Seen(config)

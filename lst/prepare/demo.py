@@ -10,7 +10,6 @@ that was stopped goes on from there. Speech is made in portions, each of them a 
 is written last, and where it is, the corpus is.
 """
 
-import json
 import os
 import random
 import shutil
@@ -46,6 +45,7 @@ from lst.prepare.stories import BLOCK_SIZE, Story, generate_stories, story_quest
 from lst.speech.audio import SAMPLE_RATE
 from lst.speech.synthesis import HELD_OUT_VOICE, TRAINING_VOICES, Voice, synthesize
 from lst.speech.units import LogMelKMeans, word_frames
+from lst.strict_json import read_json
 from lst.vocabulary import Tokenizer, train_tokenizer
 
 __all__ = ["DemoConfig", "describe", "prepare_demo"]
@@ -118,7 +118,15 @@ def prepare_demo(config: DemoConfig) -> Path:
 
 def describe(folder: Path) -> str:
     """A table of what the corpus in ``folder`` holds, from its ``corpus.json``."""
-    facts = json.loads((folder / "corpus.json").read_text())
+    path = folder / "corpus.json"
+    facts = read_json(path)
+    try:
+        return _table(facts)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: expected what a corpus holds, got {error!r}") from None
+
+
+def _table(facts: dict[str, Any]) -> str:
     lines = [f"{'':14}{'records':>10}{'hours':>8}{'text tokens':>14}"]
     for name, part in facts["parts"].items():
         lines.append(f"{name:14}{part['records']:10,}{part['hours']:8.2f}{part['text_tokens']:14,}")
@@ -155,8 +163,8 @@ def _claim(config: DemoConfig) -> bool:
 
 def _check_settings(path: Path, config: DemoConfig) -> None:
     try:
-        before = json.loads(path.read_text())["settings"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        before = dict(read_json(path)["settings"])
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: expected the settings of a corpus, got {error!r}") from None
     now = config.settings
     changed = [name for name in now if before.get(name) != now[name]]

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 
 from lst.errors import UserError
 from lst.speech.audio import AUDIO_SUFFIXES
+from lst.strict_json import parse_json, read_strictly
 
 __all__ = [
     "Part",
@@ -156,10 +157,11 @@ def fingerprint(sources: Sources) -> dict[str, dict[str, str]]:
     return found
 
 
-def from_json(kind: str, line: str) -> Input:
-    """An input from ``json.dumps(asdict(input))``."""
-    fields = json.loads(line)
-    return Part(**fields) if kind in ("text", "authors") else Utterance(**fields)
+def from_json(kind: str, values: Any, where: str) -> Input:
+    """An input from the values of :func:`to_json`. Raises UserError where they are none."""
+    if kind in ("text", "authors"):
+        return read_strictly(Part, values, where)
+    return read_strictly(Utterance, values, where)
 
 
 def to_json(each: Input) -> str:
@@ -301,10 +303,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 where = f"{path}, line {number}"
                 if not line.strip():
                     continue
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise UserError(f"{where}: not JSON ({json_reason(error)})") from None
+                row = parse_json(line, where)
                 if not isinstance(row, dict):
                     raise UserError(f"{where}: expected an object, got {type(row).__name__}")
                 _check_columns(list(row), where)

@@ -30,6 +30,7 @@ import numpy as np
 from lst.data.records import FRAMES_PER_SECOND, Word
 from lst.errors import UserError
 from lst.speech.audio import SAMPLE_RATE, Timed
+from lst.strict_json import parse_json
 
 __all__ = [
     "FRAME_SAMPLES",
@@ -252,20 +253,19 @@ class LogMelKMeans:
             raise UserError(f"{path}: expected the file of a codebook, got a folder")
         try:
             with safe_open(path, framework="numpy") as file:
-                about = json.loads((file.metadata() or {}).get("codebook", "{}"))
+                about = parse_json((file.metadata() or {}).get("codebook", "{}"), str(path))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, ValueError) as error:
             raise UserError(f"{path}: no codebook could be read here ({error})") from None
+        about = about if isinstance(about, dict) else {}
         if about.get("format") != _FORMAT or set(tensors) != {"centroids", "log_mels"}:
             raise UserError(
                 f"{path}: expected a codebook of format {_FORMAT!r}, "
                 f"got {about.get('format')!r} with {sorted(tensors)}"
             )
-        digest = _digest(tensors["centroids"], tensors["log_mels"])
-        if about["sha256"] != digest:
-            raise UserError(
-                f"{path}: damaged codebook, expected content {about['sha256']}, got {digest}"
-            )
+        digest, expected = _digest(tensors["centroids"], tensors["log_mels"]), about.get("sha256")
+        if digest != expected:
+            raise UserError(f"{path}: damaged codebook, expected content {expected}, got {digest}")
         return cls(tensors["centroids"], tensors["log_mels"])
 
     def _to_bytes(self) -> bytes:

@@ -19,7 +19,6 @@ renamed before it is removed. Before anything in it is read, every file is check
 manifest.
 """
 
-import json
 import shutil
 import sys
 import warnings
@@ -43,6 +42,7 @@ from lst.machine import find_device
 from lst.model import LanguageModel, build_model
 from lst.pretrained import CODEBOOK, Pretrained, from_pretrained, is_pretrained
 from lst.speech_bpe import SPEECH_BPE, SpeechBPE
+from lst.strict_json import read_json
 from lst.train.anomalies import Recent
 from lst.train.config import TrainConfig, read_config, to_json
 from lst.train.distributed import SharedError, World
@@ -336,7 +336,7 @@ def read_state(folder: Path) -> State:
     if (folder / SPEECH_BPE).exists():
         speech_bpe = SpeechBPE.load(folder / SPEECH_BPE)
     try:
-        values = json.loads(path.read_text())
+        values = read_json(path)
         if values["format"] != FORMAT:
             raise UserError(f"{path}: expected format {FORMAT}, got {values['format']}")
         return State(
@@ -352,7 +352,7 @@ def read_state(folder: Path) -> State:
             datasets=values["datasets"],
             codebook=values.get("codebook"),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: expected a checkpoint's state, got {error!r}") from None
 
 

@@ -1,26 +1,20 @@
 """What a training run is made of, as typed values, and the same as strict JSON.
 
-A run's ``config.json`` says everything that its results depend on. Reading is strict: a key that is
-unknown, missing or of another type is an error that names it, never a default taken in silence. A
-field that is younger than files still read (``YOUNGER``) has its default for what they were made
-by.
+A run's ``config.json`` says everything that its results depend on, and is read by
+:mod:`lst.strict_json`.
 """
 
 import dataclasses
 import json
 import math
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from lst.data.loader import DataConfig
 from lst.errors import UserError, expect_option, expect_positive
 from lst.model import ModelConfig
-
-T = TypeVar("T")
-YOUNGER = {"younger": True}  # metadata of a field
+from lst.strict_json import YOUNGER, read_json, read_strictly
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,25 +151,9 @@ def from_json(values: Any, where: str) -> TrainConfig:
     return read_strictly(TrainConfig, values, where)
 
 
-def read_strictly(kind: type[T], values: Any, where: str) -> T:
-    """Read a dataclass from JSON values, with no key more or less than it has fields."""
-    config: T = _read(kind, values, "", where)
-    return config
-
-
 def read_config(path: Path) -> TrainConfig:
     """Read a ``config.json``. Raises UserError where it is not one."""
     return from_json(read_json(path), str(path))
-
-
-def read_json(path: Path) -> Any:
-    """The values of a configuration's file. Raises UserError where it is no JSON."""
-    try:
-        return json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path}: no configuration could be read ({error.strerror})") from None
-    except ValueError as error:
-        raise UserError(f"{path}: expected JSON, got {error}") from None
 
 
 def differences(first: TrainConfig, second: TrainConfig) -> list[tuple[str, Any, Any]]:
@@ -200,53 +178,3 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         inner = _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else None
         flat.update(inner or {f"{prefix}{name}": value})
     return flat
-
-
-def _read(kind: Any, value: Any, key: str, where: str) -> Any:
-    """``value`` as a ``kind``: a dataclass, a builtin, a Path, or a Literal, union, tuple, dict."""
-    origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
-        return _read_dataclass(kind, value, key, where)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in parts:
-            return None
-        kinds = [part for part in parts if part is not type(None)]
-        if len(kinds) == 1:
-            return _read(kinds[0], value, key, where)
-    elif origin is Literal and value in parts:
-        return value
-    elif origin is tuple and isinstance(value, list):
-        inner = [parts[0]] * len(value) if parts[-1] is Ellipsis else list(parts)
-        if len(inner) == len(value):
-            return tuple(_read(k, v, key, where) for k, v in zip(inner, value, strict=True))
-    elif origin is dict and isinstance(value, dict):
-        return {name: _read(parts[1], v, f"{key}.{name}", where) for name, v in value.items()}
-    elif kind is float and type(value) in (int, float):
-        return float(value)
-    elif kind is Path and isinstance(value, str):
-        return Path(value)
-    elif type(value) is kind and kind in (int, bool, str):
-        return value
-    name = getattr(kind, "__name__", kind) if origin is None else kind
-    raise UserError(f"{where}: expected {key} to be {name}, got {json.dumps(value)}")
-
-
-def _read_dataclass(kind: Any, values: dict[str, Any], key: str, where: str) -> Any:
-    hints = typing.get_type_hints(kind)
-    younger = {
-        field.name: field.default for field in dataclasses.fields(kind) if field.metadata == YOUNGER
-    }
-    values = younger | values
-    names = [field.name for field in dataclasses.fields(kind)]
-    prefix = f"{key}." if key else ""
-    for name in values:
-        if name not in names:
-            raise UserError(f"{where}: unknown key {prefix}{name}")
-    for name in names:
-        if name not in values:
-            raise UserError(f"{where}: missing key {prefix}{name}")
-    fields = {name: _read(hints[name], values[name], f"{prefix}{name}", where) for name in names}
-    try:
-        return kind(**fields)
-    except (UserError, ValueError) as error:
-        raise UserError(f"{where}: {error}") from None

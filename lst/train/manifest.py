@@ -9,13 +9,13 @@ as long as reading everything, whether their content is what was written.
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lst.errors import UserError
 from lst.files import write_json, writing
+from lst.strict_json import read_json, read_strictly
 from lst.train.distributed import SharedError, World
 
 MANIFEST = "manifest.json"
@@ -28,6 +28,13 @@ class File:
 
     bytes: int
     sha256: str  # in hexadecimal
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """What ``manifest.json`` says."""
+
+    files: dict[str, File]
 
 
 def write_manifest(folder: Path, hashes: dict[str, str]) -> None:
@@ -65,9 +72,8 @@ def file_names(folder: Path) -> list[str]:
 def read_manifest(folder: Path) -> dict[str, File] | None:
     """Files by name; None where there is no manifest that can be read."""
     try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-        return {name: File(int(file["bytes"]), str(file["sha256"])) for name, file in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return read_strictly(_Manifest, read_json(folder / MANIFEST), MANIFEST).files
+    except UserError:
         return None
 
 

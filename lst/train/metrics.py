@@ -32,6 +32,7 @@ from lst.data.records import FRAMES_PER_SECOND
 from lst.errors import UserError, tell
 from lst.files import replacing, write_atomically, writing
 from lst.model import ModelConfig
+from lst.strict_json import parse_json, read_json_lines
 from lst.train.config import TrainConfig, to_json
 from lst.train.mfu import Peak
 from lst.train.run_folder import (
@@ -381,20 +382,49 @@ def _write_all(file: FileIO, data: bytes) -> None:
         data = data[file.write(data) :]
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a ``metrics.jsonl``: a step, and by name numbers, None, or the name of a split.
+
+    Raises:
+        UserError: a line, which it names, is none; it cannot be read.
+    """
+    return [_metrics_line(values, where) for _, where, values in read_json_lines(path)]
+
+
+def _metrics_line(values: Any, where: str) -> dict[str, Any]:
+    if not isinstance(values, dict) or type(values.get("step")) is not int:
+        raise UserError(f"{where}: expected an object with a step, got {json.dumps(values)[:80]}")
+    for name, value in values.items():
+        if not isinstance(value, str if name == "split" else int | float | None):
+            raise UserError(f"{where}: expected {name} to be a number, got {json.dumps(value)}")
+    return values
+
+
 def drop_lines_after(path: Path, step: int) -> list[dict[str, Any]]:
     """Cut ``metrics.jsonl`` back to ``step``; the lines that are left.
 
     A run that was killed can have written lines after its last checkpoint, the last one torn.
+
+    Raises:
+        UserError: a line that is not after ``step`` is damaged; it cannot be read or written.
     """
     if not path.exists():
         return []
-    lines = []
-    for text in path.read_text().splitlines():
+    lines, damage = [], None
+    with writing(path):
+        content = path.read_bytes()
+    for number, text in enumerate(content.split(b"\n"), 1):
+        if not text.strip():
+            continue
+        where = f"{path}, line {number}"
         try:
-            line = json.loads(text)
-        except ValueError:
-            break
+            line = _metrics_line(parse_json(text, where), where)
+        except UserError as error:
+            damage = damage or error
+            continue
         if line["step"] <= step:
+            if damage is not None:
+                raise damage
             lines.append(line)
     write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
     return lines
@@ -461,12 +491,13 @@ def plot_losses(lines: list[dict[str, Any]], path: Path) -> None:
         tell("no loss.png is drawn: pip install 'lst[plots]'")
         return
     figure = Figure(figsize=(11, 4.2), layout="constrained")
+    splits = sorted({line["split"] for line in lines if "split" in line})
     for axes, part in zip(figure.subplots(1, 2), ("text", "speech"), strict=True):
-        for number, split in enumerate(sorted({line["split"] for line in lines})):
+        for number, split in enumerate(splits):
             points = [
                 (line["step"], line[f"loss_{part}"])
                 for line in lines
-                if line["split"] == split and line[f"loss_{part}"] is not None
+                if line.get("split") == split and line.get(f"loss_{part}") is not None
             ]
             marks: dict[str, Any] = {"linewidth": 1} if split == TRAIN else {"marker": "o"}
             if points:

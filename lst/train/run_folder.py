@@ -13,12 +13,12 @@
 
 import errno
 import fcntl
-import json
 import os
 from pathlib import Path
 
 from lst.errors import UserError, tell
 from lst.files import write_json, writing
+from lst.strict_json import read_json
 from lst.train.config import TrainConfig, read_config, to_json
 
 CONFIG = "config.json"
@@ -90,9 +90,9 @@ class RunLock:
 def _holder(out: Path) -> str:
     """Where the command that trains in ``out`` runs, as far as its status.json tells."""
     try:
-        status = json.loads((out / STATUS).read_text())
+        status = read_json(out / STATUS)
         return f" (process {status['pid']} on {status['host']})"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (UserError, KeyError, TypeError):
         return ""
 
 

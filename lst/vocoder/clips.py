@@ -7,7 +7,6 @@ The units are made once, of whole recordings, as a corpus's are; samples are rea
 wanted, so that any number of hours can be learnt from.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from lst.prepare.sources import Sources, Utterance, from_json, list_inputs, to_j
 from lst.prepare.speech import encode_audio, open_audio
 from lst.speech.audio import AudioError, sample_range
 from lst.speech.units import FRAME_SAMPLES, UnitEncoder
+from lst.strict_json import read_json_lines
 
 __all__ = ["Clip", "Stretches", "draw", "make_clips", "read_clips", "samples_of", "write_clips"]
 
@@ -85,18 +85,22 @@ def read_clips(folder: Path) -> list[Clip] | None:
     """What :func:`write_clips` wrote; None where nothing is. Raises UserError for damage."""
     if not (folder / LIST).is_file():
         return None
+    lines = read_json_lines(folder / LIST)
+    utterances = [from_json("folder", values, where) for _, where, values in lines]
+    path = folder / UNITS
     try:
-        tensors = load_file(folder / UNITS)
-        offsets = tensors["cu_clips"]
-        utterances = [from_json("folder", line) for line in (folder / LIST).open()]
-        units = np.split(tensors["units"], offsets[1:-1])
-        return [
-            Clip(utterance, each)
-            for utterance, each in zip(utterances, units, strict=True)
-            if isinstance(utterance, Utterance)
-        ]
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise UserError(f"{folder / LIST}: damaged ({json.dumps(str(error))})") from None
+        tensors = load_file(path)
+        units, offsets = tensors["units"], tensors["cu_clips"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise UserError(f"{path}: expected the units of {LIST}, got {error!r}") from None
+    whole = units.dtype == np.int16 and offsets.shape == (len(utterances) + 1,)
+    if not whole or offsets[-1] != len(units) or offsets[0] != 0 or np.any(np.diff(offsets) < 1):
+        raise UserError(f"{path}: expected the units of the {len(utterances)} clips of {LIST}")
+    return [
+        Clip(utterance, each)
+        for utterance, each in zip(utterances, np.split(units, offsets[1:-1]), strict=True)
+        if isinstance(utterance, Utterance)
+    ]
 
 
 def draw(

@@ -40,6 +40,7 @@ from lst.machine import find_device
 from lst.prepare.sources import Sources, source_kind
 from lst.speech.audio import write_wav
 from lst.speech.units import UnitEncoder, UnitsConfig, load_units
+from lst.strict_json import read_json, read_strictly
 from lst.train.distributed import World
 from lst.train.interrupt import catch_signals
 from lst.train.manifest import faults, file_names, hash_files, write_manifest
@@ -186,16 +187,21 @@ def _claim(config: TrainVocoderConfig) -> None:
             config.out.mkdir(parents=True, exist_ok=True)
         write_json(path, settings)
         return
-    try:
-        before = json.loads(path.read_text())
-        changed = [name for name in settings if before.get(name) != settings[name]]
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: expected the settings of a run, got {error!r}") from None
+    before = read_json(path)
+    if not isinstance(before, dict) or before.keys() != settings.keys():
+        raise UserError(f"{path}: expected the settings of a run, {', '.join(settings)}")
+    changed = [name for name in settings if before[name] != settings[name]]
     if changed:
-        differences = ", ".join(
-            f"{name} {before.get(name)}, not {settings[name]}" for name in changed
-        )
+        differences = ", ".join(f"{name} {before[name]}, not {settings[name]}" for name in changed)
         raise UserError(f"--out {config.out}: holds a run of {differences}; choose another --out")
+
+
+@dataclass(frozen=True)
+class _State:
+    """What ``state.json`` says."""
+
+    step: int
+    seconds: float
 
 
 class _Run:
@@ -379,7 +385,7 @@ class _Run:
                 save_file(tensors, temporary / f"{name}.safetensors")
         except SafetensorError as error:
             raise UserError(f"{temporary}: cannot be written ({error})") from None
-        write_json(temporary / "state.json", {"step": self.step, "seconds": self._elapsed()})
+        write_json(temporary / "state.json", asdict(_State(self.step, self._elapsed())))
         write_manifest(temporary, hash_files(temporary, file_names(temporary), ALONE))
         with writing(folder):
             for path in (*temporary.iterdir(), temporary):
@@ -405,8 +411,9 @@ class _Run:
         """Raises UserError where it is damaged or of other sizes."""
         if damage := faults(folder, ALONE):
             raise UserError(f"{folder}: damaged ({damage[0]}); remove it to go on from another")
-        state = json.loads((folder / "state.json").read_text())
-        self.step, self.seconds = state["step"], state["seconds"]
+        path = folder / "state.json"
+        state = read_strictly(_State, read_json(path), str(path))
+        self.step, self.seconds = state.step, state.seconds
         self._began = time.monotonic()
         for name, module in self.modules.items():
             module.load_state_dict(load_file(folder / f"{name}.safetensors"))

@@ -336,7 +336,7 @@ def test_a_file_of_something_else_is_left_alone(
 ) -> None:
     path = tmp_path / "out.json.answers.jsonl"
     path.write_text("not ours\n")
-    with pytest.raises(UserError, match="expected answers of this command, got others"):
+    with pytest.raises(UserError, match=r"answers\.jsonl, line 1: expected JSON, got"):
         run("--data", story_folder)
     assert path.read_text() == "not ours\n"
 

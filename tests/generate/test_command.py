@@ -375,7 +375,7 @@ def test_a_prompt_longer_than_the_context(run: Run) -> None:
         (("--stop", "no such piece"), "--stop: expected <t>, <s> or text within a piece"),
         (("--stop", ""), "--stop: expected <t>, <s> or text within a piece"),
         (("--prompt", "gone.wav"), "gone.wav: expected an audio file, got none"),
-        (("--prompts", "gone.jsonl"), "gone.jsonl: expected a JSONL file of requests, got none"),
+        (("--prompts", "gone.jsonl"), "gone.jsonl: cannot be read (No such file or directory)"),
         (("--codebook", "gone.safetensors", "--out", "o"), "gone.safetensors: no codebook could"),
         (("--speaker", "amy", "--out", "o"), "expected no speaker, as a codebook has no voices"),
     ],

@@ -198,27 +198,28 @@ def test_a_folder_with_other_things_in_it_is_refused(config):
         prepare_corpus(config)
     (config.out / "thesis.doc").unlink()
     (config.out / "plan.json").write_text("{")
-    with pytest.raises(UserError, match=r"plan\.json: expected the plan of a corpus, got"):
+    with pytest.raises(UserError, match=r"plan\.json: expected JSON, got"):
         prepare_corpus(config)
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "message"),
     [
-        {"num_shards": 10**30},
-        {"num_shards": 2},
-        {"num_inputs": "6"},
-        {"settings": []},
-        {"result": {"records": 6}},
-        {"result": {"inputs": 6, "records": [], "frames": 0, "unaligned": 0, "skipped": 0}},
+        ({"format": 2}, "the plan of a corpus in format 1"),
+        ({"num_shards": 10**30}, r"inputs in shards of shard_inputs, got 6 in 1\d+ of 2"),
+        ({"num_shards": 2}, "inputs in shards of shard_inputs, got 6 in 2 of 2"),
+        ({"num_inputs": "6"}, 'num_inputs to be int, got "6"'),
+        ({"settings": []}, "settings to be dict"),
+        ({"result": {"records": 6}}, "counts of inputs, records"),
+        ({"result": {"inputs": 6, "records": []}}, r"result\.records to be int"),
     ],
     ids=str,
 )
-def test_a_plan_that_was_altered_is_refused(config, change):
+def test_a_plan_that_was_altered_is_refused(config, change, message):
     plan_corpus(config)
     path = config.out / "plan.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(UserError, match=r"plan\.json: expected the plan of a corpus, got"):
+    with pytest.raises(UserError, match=rf"plan\.json: expected {message}"):
         prepare_corpus(config)
 
 
@@ -229,7 +230,7 @@ def test_a_plan_whose_settings_have_another_name_is_refused(config, name):
     plan = json.loads(path.read_text())
     plan["settings"]["renamed"] = plan["settings"].pop(name)
     path.write_text(json.dumps(plan))
-    with pytest.raises(UserError, match=r"was begun with another|expected the plan of a corpus"):
+    with pytest.raises(UserError, match=r"was begun with another|expected inputs in shards"):
         prepare_corpus(config)
 
 

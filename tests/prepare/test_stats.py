@@ -13,7 +13,7 @@ from lst.data.statistics import PatchStatistics, format_table
 from lst.errors import UserError
 from lst.prepare.speech_bpe import SpeechBPEConfig, prepare_speech_bpe
 from lst.prepare.stats import StatsConfig, describe_dataset
-from lst.train.config import read_strictly
+from lst.strict_json import read_strictly
 from lst.vocabulary import train_tokenizer
 
 

@@ -55,7 +55,7 @@ def inside(values: dict[str, Any], keys: list[str]) -> dict[str, Any]:
         (put("evaluate", 1), "c.json: expected evaluate to be bool, got 1"),
         (put("optimizer.lr", "fast"), 'c.json: expected optimizer.lr to be float, got "fast"'),
         (put("optimizer.betas", [0.9]), "c.json: expected optimizer.betas to be tuple"),
-        (put("optimizer.betas", [0.9, "x"]), "c.json: expected optimizer.betas to be float"),
+        (put("optimizer.betas", [0.9, "x"]), "c.json: expected optimizer.betas[1] to be float"),
         (put("data.mixture.text", "x"), "c.json: expected data.mixture.text to be float"),
         (put("optimizer", 3), "c.json: expected optimizer to be OptimizerConfig, got 3"),
         (put("precision", "int8"), "c.json: expected precision to be"),

@@ -344,7 +344,7 @@ def test_clips_are_read_as_they_were_written(clips, tmp_path):
         np.testing.assert_array_equal(one.units, other.units)
     path = tmp_path / "clips.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"clips.jsonl: damaged"):
+    with pytest.raises(UserError, match=r"clips\.safetensors: expected the units of clips\.jsonl"):
         read_clips(tmp_path)
 
 
