@@ -33,7 +33,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, str, Any]]:
-    """(number, file and number, values) of each line that is not blank. The same errors, by line."""
+    """(number, file and number, values) of each line that is not blank; the same errors."""
     for number, line in enumerate(_read(path).split(b"\n"), 1):
         if line.strip():
             where = f"{path}, line {number}"

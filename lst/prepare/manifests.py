@@ -144,7 +144,9 @@ def _audio(recording: Any) -> dict[str, Any]:
     for each in recording.sources:
         if not isinstance(each.source, str | bytes):  # a number would be an open file's
             raise TypeError(f"{each.source!r} is no source of audio")
-    return recording.to_dict()
+    values: dict[str, Any] = recording.to_dict()
+    type(recording).from_dict(dict(values))  # as it is read again, for its audio
+    return values
 
 
 def _words(segments: list[Any], start: float) -> list[tuple[str, float, float]] | None:

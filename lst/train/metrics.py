@@ -395,8 +395,9 @@ def _metrics_line(values: Any, where: str) -> dict[str, Any]:
     if not isinstance(values, dict) or type(values.get("step")) is not int:
         raise UserError(f"{where}: expected an object with a step, got {json.dumps(values)[:80]}")
     for name, value in values.items():
-        if not isinstance(value, str if name == "split" else int | float | None):
-            raise UserError(f"{where}: expected {name} to be a number, got {json.dumps(value)}")
+        kind, what = (str, "a name") if name == "split" else (int | float | None, "a number")
+        if not isinstance(value, kind):
+            raise UserError(f"{where}: expected {name} to be {what}, got {json.dumps(value)}")
     return values
 
 

@@ -15,7 +15,7 @@ from lst.compare.arms import ARMS
 from lst.compare.presets import STUDIES
 from lst.compare.report import Accuracy, accuracy, format_differences, format_table
 from lst.compare.report import compare as told_apart
-from lst.compare.study import Result, Study, plan
+from lst.compare.study import Result, Study, plan, read_result, run_folder
 from lst.data.loader import DataConfig
 from lst.errors import UserError
 from lst.model import ModelConfig, StackConfig
@@ -234,6 +234,36 @@ def test_tables_show_what_was_read_spent_and_saved():
 
 
 # --- for real -------------------------------------------------------------------------------------
+
+
+SEEN = {"seen_units": 3, "seen_text_tokens": 2, "seen_speech_units": 4, "flops": 1e9, "seconds": 1}
+TRAINED = {"step": 10, "split": "train", **SEEN}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("metrics.jsonl", "{", ", line 1: expected JSON"),
+        ("metrics.jsonl", '{"step": 10, "split": "valid"}', ": expected the metrics of a finished"),
+        ("metrics.jsonl", json.dumps(TRAINED | {"flops": "x"}), ", line 1: expected flops to be"),
+        ("metrics.jsonl", json.dumps(TRAINED | {"flops": None}), ": expected flops to be float"),
+        ("metrics.jsonl", '{"step": 10, "split": "train"}', ": missing key units"),
+        ("story_completion.json", "[", ": expected JSON"),
+        ("story_completion.json", "{}", ": expected a list of scores, got dict"),
+        ("story_completion.json", '[{"task": "x"}]', ": missing key mode"),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_of_a_finished_run_is_named(tmp_path, name, content, message):
+    folder = run_folder(tmp_path, ARMS["static"], 10, 0)
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text(json.dumps(TRAINED))
+    (folder / "story_completion.json").write_text(json.dumps([score(0.5)]))
+    assert read_result(tmp_path, ARMS["static"], 10, 0) == result(
+        units=3, text_tokens=2, speech_units=4, flops=1e9, seconds=1.0
+    )
+    (folder / name).write_text(content)
+    with pytest.raises(UserError, match=f"{name}{message}"):
+        read_result(tmp_path, ARMS["static"], 10, 0)
 
 
 def test_real_arms_train_are_scored_and_drawn(tiny_corpus, tmp_path, monkeypatch):

@@ -139,6 +139,16 @@ def test_another_file_of_a_tokenizers_name_is_named(tmp_path, name):
         Tokenizer.load(tmp_path)
 
 
+def test_a_tokenizer_with_a_piece_that_is_no_text_is_another_file(tmp_path):
+    path = tmp_path / "tokenizer.model"
+    train_tokenizer(LINES, path, num_pieces=300)
+    content = path.read_bytes()
+    blank = content.index("▁".encode())
+    path.write_bytes(content[:blank] + b"\xff" + content[blank + 1 :])
+    with pytest.raises(UserError, match=r"tokenizer\.model: expected a .*, got another file"):
+        Tokenizer.load(path)
+
+
 @pytest.mark.parametrize("text", ["The cat sat.", " two  blanks ", "zażółć 日本 ✓!", "a\nb\tc", ""])
 def test_pieces_end_where_their_text_ends(tokenizer, text):
     ends = tokenizer.piece_ends(text)

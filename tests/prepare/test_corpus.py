@@ -110,7 +110,8 @@ def test_a_line_of_the_journal_that_is_torn_is_prepared_again(config, made, prep
         prepare_corpus(config)
     journal = config.out / "work" / "journal-00001.jsonl"
     content = journal.read_bytes()
-    for torn in (content[:-20], b"\0" * 30, content[: len(content) // 2] + b"\n"):
+    altered = content.replace(b'"id": "', b'"id": "x')  # JSON still
+    for torn in (content[:-20], b"\0" * 30, content[: len(content) // 2] + b"\n", altered):
         journal.write_bytes(torn)
         before = len(prepared.done)
         prepared.done_at_most[0] = before + 1
@@ -118,6 +119,52 @@ def test_a_line_of_the_journal_that_is_torn_is_prepared_again(config, made, prep
             prepare_corpus(config)
         assert prepared.done[before:] == ["book0/4"]
     prepared.done_at_most[0] = None
+    prepare_corpus(config)
+    assert content_of(config.out) == made
+
+
+INPUTS, SHARD, REPORT = "inputs-00001.jsonl", "shard-00000.parquet", "shard-00000.json"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (INPUTS, lambda text: "", "expected 2 inputs, got 0"),
+        (INPUTS, lambda text: text[: text.index("\n") + 1], "expected 2 inputs, got 1"),
+        (INPUTS, lambda text: text[:-9], "line 2: expected JSON"),
+        (INPUTS, lambda text: text.replace("start", "Start"), "line 1: unknown key Start"),
+        (INPUTS, lambda text: "null\n" + text, "line 1: expected Utterance, got null"),
+        (REPORT, lambda text: text[:-9], "expected JSON"),
+        (REPORT, lambda text: "[]", r"expected ShardReport, got \[\]"),
+        (REPORT, lambda text: text.replace("rows", "row"), r"unknown key shard\.info\.row"),
+        (
+            REPORT,
+            lambda text: text.replace('"num_inputs": 2', '"num_inputs": 1'),
+            f"expected {SHARD} of 2 inputs, got {SHARD} of 1",
+        ),
+        (
+            REPORT,
+            lambda text: text.replace(SHARD, "shard-00001.parquet"),
+            f"expected {SHARD} of 2 inputs, got shard-00001.parquet of 2",
+        ),
+    ],
+)
+def test_what_is_damaged_of_a_corpus_begun_is_named_and_mended_it_goes_on(
+    config, made, prepared, name, change, message
+):
+    prepared.done_at_most[0] = len(prepared.done) + 3
+    with pytest.raises(Killed):
+        prepare_corpus(config)
+    prepared.done_at_most[0] = None
+    path = config.out / "work" / name
+    text = path.read_text()
+    path.write_text(change(text))
+    assert path.read_text() != text
+    before = content_of(config.out)
+    with pytest.raises(UserError, match=rf"{name}(, |: ){message}"):
+        prepare_corpus(config)
+    assert content_of(config.out) == before
+    path.write_text(text)
     prepare_corpus(config)
     assert content_of(config.out) == made
 

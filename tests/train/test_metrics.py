@@ -15,7 +15,15 @@ import pytest
 from lst.errors import UserError
 from lst.train.config import TrainConfig
 from lst.train.loop import train
-from lst.train.metrics import Loss, MetricsLog, Seen, StepTimes, drop_lines_after, plot_losses
+from lst.train.metrics import (
+    Loss,
+    MetricsLog,
+    Seen,
+    StepTimes,
+    drop_lines_after,
+    plot_losses,
+    read_metrics,
+)
 
 Tiny = Callable[..., TrainConfig]
 
@@ -80,6 +88,30 @@ def test_lines_after_the_checkpoint_and_a_torn_one_are_dropped(tmp_path: Path) -
     assert drop_lines_after(path, 2) == kept
     assert [json.loads(text) for text in path.read_text().splitlines()] == kept
     assert drop_lines_after(tmp_path / "none.jsonl", 2) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"step": 1, "spl', "expected JSON"),
+        ("3", "expected an object with a step, got 3"),
+        ('{"step": "1"}', "expected an object with a step"),
+        ('{"step": 1, "loss": []}', r"expected loss to be a number, got \[\]"),
+        ('{"step": 1, "split": 2}', "expected split to be"),
+    ],
+)
+def test_a_damaged_line_before_the_checkpoint_is_named_and_nothing_is_dropped(
+    tmp_path: Path, line: str, message: str
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    content = f'{{"step": 1, "split": "train"}}\n{line}\n{{"step": 2, "split": "train"}}\n'
+    path.write_text(content)
+    with pytest.raises(UserError, match=rf"metrics\.jsonl, line 2: {message}"):
+        drop_lines_after(path, 2)
+    with pytest.raises(UserError, match=rf"metrics\.jsonl, line 2: {message}"):
+        read_metrics(path)
+    assert path.read_text() == content
+    assert len(drop_lines_after(path, 1)) == 1
 
 
 def test_losses_are_drawn_also_where_a_modality_is_missing(tmp_path: Path) -> None:
