@@ -60,7 +60,7 @@ from benchmarks.gpu_checks import (
     run_suite,
 )
 from benchmarks.gpu_measure import Report, Run, Timer, Timing, one_line
-from lst.errors import run_command
+from lst.errors import UserError, run_command
 from lst.files import make_folder
 from lst.machine import describe_machine, file_stem
 from lst_kernels import (
@@ -635,7 +635,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for all of it")
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("error: this measures a GPU, and torch sees none")
+        raise UserError("this measures a GPU, and torch sees none")
     device = torch.device("cuda", torch.cuda.current_device())
     about = describe_machine(device) | {"flash": flash.activate() | flash.providers()}
     options.out = options.out.resolve()  # for the processes that run in the repository's root

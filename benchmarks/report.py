@@ -599,7 +599,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--out", type=Path, default=Path("docs/performance.md"))
     options = parser.parse_args()
+    if options.out.is_dir():
+        raise UserError(f"--out {options.out}: expected a file to write, got a folder")
     results = read_results(options.results)
+    make_folder(options.out.parent)
     folder = options.out.with_suffix("")
     pictures = draw(results, folder)
     for stale in set(folder.glob("*.svg")) - set(pictures):

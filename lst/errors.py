@@ -4,9 +4,11 @@ A command of this package ends in one of three ways: it succeeds (exit code 0), 
 something (one line on stderr, exit code 2), or the program is at fault (a traceback, exit code 1).
 """
 
+import errno
+import io
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import TextIO
 
@@ -21,13 +23,36 @@ def expect_option(holds: bool, name: str, expected: str, got: object) -> None:
         raise UserError(f"--{name.replace('_', '-')}: expected {expected}, got {got}")
 
 
-def expect_positive(options: object, *names: str) -> None:
-    """Raise UserError unless each of these fields is a finite number above 0; None passes."""
+def expect_positive(options: object, *names: str, within: str = "") -> None:
+    """Raise UserError unless each of these fields is a finite number above 0, and a whole one of 64
+    bits. None passes; of a tuple each number is looked at.
+
+    Args:
+        within: what the options' names begin with, such as ``"optimizer."``.
+    """
+    for name, value in _numbers(options, names):
+        expected = "1 or more" if isinstance(value, int) else "more than 0"
+        _expect_number(value > 0, within + name, expected, value)
+
+
+def expect_not_negative(options: object, *names: str, within: str = "") -> None:
+    """The same of 0 and more."""
+    for name, value in _numbers(options, names):
+        _expect_number(value >= 0, within + name, "0 or more", value)
+
+
+def _numbers(options: object, names: tuple[str, ...]) -> Iterator[tuple[str, int | float]]:
     for name in names:
         value = getattr(options, name)
-        if value is not None:
-            expected = "1 or more" if isinstance(value, int) else "more than 0"
-            expect_option(0 < value < math.inf, name, expected, value)
+        for each in value if isinstance(value, tuple) else (value,):
+            if each is not None:
+                yield name, each
+
+
+def _expect_number(holds: bool, name: str, expected: str, value: int | float) -> None:
+    expect_option(holds and value < math.inf, name, expected, value)
+    if isinstance(value, int):
+        expect_option(value < 2**63, name, f"{expected}, below 2^63", value)
 
 
 def tell(message: object, stream: TextIO | None = None) -> None:
@@ -41,9 +66,22 @@ def tell(message: object, stream: TextIO | None = None) -> None:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command's ``main`` and turn a :class:`UserError` into one line and exit code 2."""
+    """Run a command's ``main`` and turn a :class:`UserError` into one line and exit code 2.
+
+    Names may be told that hold no text, or an end of a line: both are written as escapes.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:
-        tell(f"error: {error}", sys.stderr)
-        raise SystemExit(2) from None
+        message = str(error)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:  # which even asking whether a file is there raises
+            raise
+        message = f"{error.filename}: {error.strerror}"
+    else:
+        return
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+    tell(f"error: {line}", sys.stderr)
+    raise SystemExit(2)

@@ -140,12 +140,13 @@ def replacing(path: Path) -> Iterator[Path]:
     file that it leads to is replaced.
 
     Raises:
-        UserError: it cannot be written, or is a device or a pipe, such as /dev/null. The old file
-            stays, here as after any other exception.
+        UserError: it cannot be written, or is no file, but a folder, or a device such as /dev/null.
+            The old file stays, here as after any other exception.
     """
     with writing(path):
-        if path.exists() and not (path.is_file() or path.is_dir()):  # root may rename over a device
-            raise UserError(f"{path}: expected a file to write, got a device or a pipe")
+        if path.exists() and not path.is_file():  # root may rename over a device
+            got = "a folder" if path.is_dir() else "a device or a pipe"
+            raise UserError(f"{path}: expected a file to write, got {got}")
         path = path.resolve()
     writer = f"{os.uname().nodename}-{os.getpid()}-{threading.get_ident()}"
     temporary = path.with_name(f"{path.name}.{writer}.tmp")
@@ -197,15 +198,16 @@ def making_folder(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file by :func:`replacing` it."""
+    """Write a file by :func:`replacing` it, a text in UTF-8."""
+    if isinstance(content, str):
+        # Half a surrogate pair, as in the name of a file that is not UTF-8, becomes an escape.
+        content = content.encode(errors="backslashreplace")
     with replacing(path) as temporary:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.write_bytes(content)
 
 
 def write_json(path: Path, values: object) -> None:
-    text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
-    # Half a surrogate pair, as in the name of a file that is not UTF-8, becomes JSON's own escape.
-    write_atomically(path, text.encode(errors="backslashreplace"))
+    write_atomically(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
 
 
 def fsync(path: Path) -> None:

@@ -188,7 +188,7 @@ def train_speech_bpe(
             shuffle_input_sentence=False,
             minloglevel=2,
         )
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # the latter of more than an int holds
         reason = str(error).strip().splitlines()[-1]
         raise UserError(
             f"no speech BPE of {num_pieces} pieces from this speech: {reason}"

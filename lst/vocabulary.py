@@ -329,7 +329,7 @@ def train_tokenizer(lines: Iterable[str], path: Path | str, *, num_pieces: int) 
             shuffle_input_sentence=False,
             minloglevel=2,
         )
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # the latter of more than an int holds
         last = str(error).strip().splitlines()[-1]
         raise UserError(f"no tokenizer of {num_pieces} pieces from these lines: {last}") from None
     tokenizer = SentencePieceTokenizer(model.getvalue())

@@ -167,3 +167,9 @@ def test_a_folder_below_a_file_is_refused_before_anything_is_made(tmp_path: Path
     with pytest.raises(UserError, match=r"a/b: expected a folder to make, got a file above it, /"):
         expect_absent(tmp_path / "file" / "a" / "b")
     expect_absent(tmp_path / "new" / "a")
+
+
+def test_a_folder_and_no_name_are_no_files_to_write(tmp_path: Path) -> None:
+    for path in (tmp_path, Path(), Path("/"), tmp_path / ".."):
+        with pytest.raises(UserError, match="expected a file to write, got a folder"):
+            write_json(path, {})

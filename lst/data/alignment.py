@@ -140,7 +140,7 @@ def with_noise(
     bounds = ends[is_own]
     middles = (bounds[1:] + bounds[:-1]) // 2
     lowest, highest = np.append(0, middles + 1), np.append(middles, num_frames)
-    noise = noise_ms * FRAMES_PER_SECOND / 1000
+    noise = min(noise_ms * FRAMES_PER_SECOND / 1000, num_frames)  # more reaches no further
     heard = bounds + rng.uniform(-0.5, 0.5, len(bounds)) + rng.uniform(-noise, noise, len(bounds))
     moved = np.clip(np.floor(heard + 0.5).astype(np.int32), lowest, highest)
     return moved[np.cumsum(is_own) - 1].reshape(-1, 2).astype(np.int32)

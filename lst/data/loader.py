@@ -26,7 +26,7 @@ from lst.data.packing import MIN_ROOM, Packed, concatenate, patch_document
 from lst.data.patching import NoPatching, PatchingConfig, final_strategy
 from lst.data.records import Dataset
 from lst.data.workers import in_step
-from lst.errors import UserError
+from lst.errors import UserError, expect_not_negative, expect_positive
 from lst.files import Location
 from lst.vocabulary import Tokenizer, Vocabulary
 
@@ -61,16 +61,13 @@ class DataConfig:
             twin = sources.setdefault(Source.parse(name), name)
             if twin != name:
                 raise UserError(f"data: {name!r} and {twin!r} of the mixture are the same")
-        if self.rows < 1:
-            raise UserError(f"data: expected at least 1 row, got {self.rows}")
+        expect_positive(self, "rows", "units_per_sequence", within="data.")
+        expect_not_negative(self, "num_workers", within="data.")
         if self.units_per_sequence < MIN_ROOM + 1:
             raise UserError(
-                f"data: expected at least {MIN_ROOM + 1} units per sequence "
-                f"(a document that is split costs two, the dead tail one), "
-                f"got {self.units_per_sequence}"
+                f"--data.units-per-sequence: expected {MIN_ROOM + 1} or more (a document that is "
+                f"split costs two, the dead tail one), got {self.units_per_sequence}"
             )
-        if self.num_workers < 0:
-            raise UserError(f"data: expected 0 or more workers, got {self.num_workers}")
 
     @property
     def datasets(self) -> tuple[str, ...]:

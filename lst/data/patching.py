@@ -26,7 +26,7 @@ from typing import Literal
 import numpy as np
 
 from lst.data.alignment import Alignment
-from lst.errors import UserError
+from lst.errors import UserError, expect_not_negative, expect_positive
 from lst.vocabulary import Vocabulary
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
 
 Silence = Literal["separate", "merged"]
 
+OPTIONS = "data.patching."  # how the names of those of training begin
 MIXED = 0.5  # probability of aligned patches in "mixed"; the paper names none
 
 
@@ -97,17 +98,8 @@ class PatchingConfig:
     curriculum: tuple[float, float] = (1 / 3, 2 / 3)  # τ₁, τ₂ as fractions of the run
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise UserError(f"patching: expected a size of at least 1 unit, got {self.size}")
-        if self.max_patch_length is not None and self.max_patch_length < 1:
-            raise UserError(
-                "patching: expected a maximal patch length of at least 1 unit, "
-                f"got {self.max_patch_length}"
-            )
-        if not 0 <= self.boundary_noise_ms < float("inf"):
-            raise UserError(
-                f"patching: expected a boundary noise of 0 ms or more, got {self.boundary_noise_ms}"
-            )
+        expect_positive(self, "size", "max_patch_length", within=OPTIONS)
+        expect_not_negative(self, "boundary_noise_ms", within=OPTIONS)
         if self.strategy not in ("aligned", "mixed", "curriculum"):
             for name in ("max_patch_length", "boundary_noise_ms"):
                 if getattr(self, name):

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from lst.data.interleave import Mode
 from lst.data.patching import PatchingConfig
 from lst.data.records import FRAMES_PER_SECOND, Record, read_items
-from lst.errors import UserError, expect_positive
+from lst.errors import UserError, expect_not_negative, expect_positive
 from lst.evaluate.choice import choice_scores, format_table, likelihoods
 from lst.evaluate.error_rate import Normaliser, error_rates, format_error_rates, normaliser
 from lst.evaluate.progress import Progress
@@ -90,9 +90,10 @@ class EvaluateConfig:
             raise UserError(f"--task: expected one of {', '.join(TASKS)}, got {self.task!r}")
         if self.modes is not None and not self.modes:
             raise UserError("--modes: expected one or more, got none")
-        if self.json is not None and self.json.is_dir():
-            raise UserError(f"--json {self.json}: expected a file to write, got a folder")
+        if self.json is not None and (self.json.is_dir() or not self.json.parent.is_dir()):
+            raise UserError(f"--json {self.json}: expected a file to write, in a folder there is")
         expect_positive(self, "tokens_per_batch")
+        expect_not_negative(self, "boundary_noise_ms", "temperature")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -300,15 +301,14 @@ def _answer(
     prompts: Sequence[np.ndarray],
 ) -> Iterator[Result]:
     vocabulary, tokenizer = loaded.trained.vocabulary, loaded.trained.tokenizer
-    asked = [
+    asked = (
         (request, prompt, sample)
         for request, prompt in zip(requests, prompts, strict=True)
         for sample in range(config.num_samples)
-    ]
-    is_one = config.prompts is None and len(asked) == 1
+    )
+    is_one = config.prompts is None and config.num_samples == 1
     reader = Reader(prompts[0], vocabulary, tokenizer) if is_one else None
-    for first in range(0, len(asked), config.batch_size):
-        batch = asked[first : first + config.batch_size]
+    while batch := list(islice(asked, config.batch_size)):
         samplings = [
             replace(request.sampling, seed=request.sampling.seed + sample)
             for request, _, sample in batch

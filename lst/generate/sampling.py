@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lst.data.interleave import stable_rng
-from lst.errors import UserError
+from lst.errors import UserError, expect_not_negative, expect_option, expect_positive
 from lst.vocabulary import BOS, PAD, SPEECH, TEXT, Vocabulary
 
 Modality = Literal["any", "text", "speech"]
@@ -41,25 +41,12 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _expect(0 <= self.temperature < np.inf, "a temperature of 0 or more", self.temperature)
-        _expect(self.top_k is None or self.top_k >= 1, "a top-k of at least 1", self.top_k)
-        _expect(self.top_p is None or 0 < self.top_p <= 1, "a top-p in (0, 1]", self.top_p)
-        _expect(
-            0 < self.repetition_penalty < np.inf,
-            "a positive repetition penalty",
-            self.repetition_penalty,
-        )
-        _expect(
-            self.modality in ("any", "text", "speech"),
-            "a modality of any, text or speech",
-            self.modality,
-        )
-        _expect(self.max_tokens >= 1, "at least 1 token to generate", self.max_tokens)
-
-
-def _expect(holds: bool, expected: str, got: object) -> None:
-    if not holds:
-        raise UserError(f"sampling: expected {expected}, got {got}")
+        expect_not_negative(self, "temperature")
+        expect_positive(self, "top_k", "repetition_penalty", "max_tokens")
+        share = self.top_p is None or 0 < self.top_p <= 1
+        expect_option(share, "top_p", "a share in (0, 1]", self.top_p)
+        known = self.modality in ("any", "text", "speech")
+        expect_option(known, "modality", "any, text or speech", self.modality)
 
 
 class Sampler:

@@ -5,7 +5,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lst.data.batch import PlanConfig
-from lst.errors import UserError
+from lst.errors import UserError, expect_not_negative, expect_positive
+
+# No model is so large: a number beyond is a slip of the hand, which would fill the memory.
+WIDEST, DEEPEST = 2**20, 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +23,11 @@ class StackConfig:
 
     def __post_init__(self) -> None:
         sizes = (self.layers, self.dim, self.heads, self.num_kv_heads, self.hidden_width)
-        if min(sizes) < 1:
-            raise UserError(f"model: every size of a stack must be positive, got {self}")
+        if not 1 <= min(sizes) <= max(sizes) <= WIDEST or self.layers > DEEPEST:
+            raise UserError(
+                f"model: expected every size of a stack to be 1 to {WIDEST:,}, and at most "
+                f"{DEEPEST:,} layers, got {self}"
+            )
         if self.heads % self.num_kv_heads:
             raise UserError(
                 f"model: {self.num_kv_heads} heads of keys cannot be shared evenly by {self.heads}"
@@ -61,11 +67,9 @@ class RopeScaling:
     original_length: int = 8192
 
     def __post_init__(self) -> None:
-        if self.factor <= 0 or self.original_length < 1 or not self.low < self.high:
-            raise UserError(
-                "model: rotary scaling needs factor > 0, original_length >= 1 and low < high, "
-                f"got {self}"
-            )
+        expect_positive(self, "factor", "original_length", within="model.rope-scaling.")
+        if not self.low < self.high < math.inf:
+            raise UserError(f"model: rotary scaling needs finite low < high, got {self}")
 
 
 def _paper_local(layers: int) -> StackConfig:
@@ -99,10 +103,9 @@ class ModelConfig:
                 f"model: the decoder continues the encoder's stream, so their widths must agree; "
                 f"got encoder {self.encoder.dim} and decoder {self.decoder.dim}"
             )
-        for name in ("local_window", "decoder_window", "rope_theta", "norm_eps"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise UserError(f"model: expected {name} to be more than 0, got {value}")
+        sizes = ("local_window", "decoder_window", "rope_theta", "norm_eps")
+        expect_positive(self, *sizes, within="model.")
+        expect_not_negative(self, "special_pieces", within="model.")
         if self.global_transformer.dim % self.encoder.dim:
             raise UserError(
                 "model: a patch is slots of the local width laid side by side, so the global width "

@@ -45,7 +45,7 @@ from lst.data.records import (
     write_shard,
 )
 from lst.errors import UserError, expect_positive
-from lst.files import write_atomically, write_json, writing
+from lst.files import make_folder, write_atomically, write_json, writing
 from lst.prepare.authors import AUTHORS_CODEBOOK, AUTHORS_UNITS, authors_records
 from lst.prepare.outcomes import Outcome, Skipped
 from lst.prepare.sources import (
@@ -112,6 +112,9 @@ class CorpusConfig(Sources):
         if self.codebook is None and (self.hubert or self.layer is not None or self.aligner):
             raise UserError(f"--{kind}: its records need no --hubert, --layer or --aligner")
         _ = self.units  # checks that its options go together
+        source = _source(self)
+        if not source.isprintable():
+            raise UserError(f"--source: expected a name that can be printed, got {source!r}")
 
     @property
     def units(self) -> UnitsConfig | None:
@@ -267,13 +270,12 @@ def plan_corpus(config: CorpusConfig) -> Plan:
         )
     if config.aligner is not None:
         _aligner(config.aligner, config.device)  # told before it is in the plan that it is none
-    with writing(config.out):
-        _work(config).mkdir(parents=True, exist_ok=True)
     inputs = _with_unique_ids(list_inputs(config))
     num_inputs = num_shards = 0
     while lines := [to_json(each) for each in islice(inputs, _shard_inputs(config))]:
         if (config.out / PLAN).is_file():  # of a rank that was faster, and may have made it all
             return plan_corpus(config)
+        make_folder(_work(config))  # once there is something to prepare
         write_atomically(_inputs_path(_work(config), num_shards), "\n".join(lines) + "\n")
         num_inputs += len(lines)
         num_shards += 1

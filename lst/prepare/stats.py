@@ -16,7 +16,7 @@ import tyro
 
 from lst.data.records import Dataset, Record
 from lst.data.statistics import format_table, patch_statistics, usual_strategies
-from lst.errors import UserError, expect_positive
+from lst.errors import UserError, expect_not_negative, expect_positive
 from lst.files import Location, write_json
 from lst.speech_bpe import SPEECH_BPE_INFO, read_speech_bpe
 from lst.vocabulary import Tokenizer
@@ -86,7 +86,8 @@ class StatsConfig:
     json: Path | None = None  # a file for the counts that the table is made from
 
     def __post_init__(self) -> None:
-        expect_positive(self, "sample")
+        expect_positive(self, "sample", "sizes", "max_patch_length")
+        expect_not_negative(self, "boundary_noise_ms")
         if not self.sizes:
             raise UserError("--sizes: expected at least one, got none")
 

@@ -6,15 +6,15 @@
 Its fingerprint, the SHA-256 of the file, is what datasets and checkpoints name it by.
 """
 
-import os
 import random
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from lst.data.records import Dataset
 from lst.errors import UserError, expect_positive
-from lst.files import make_folder, replacing, writing
+from lst.files import make_folder, replacing
 from lst.prepare.outcomes import Skipped
 from lst.prepare.sources import Part, Sources, list_inputs
 from lst.prepare.text import text_records
@@ -52,18 +52,14 @@ def prepare_tokenizer(config: TokenizerConfig) -> Tokenizer:
         UserError: a text that cannot be read, by file and record; too little text for so many
             pieces; a model that is none; another tokenizer in the folder.
     """
-    make_folder(config.out)
     if config.model is not None:
         tokenizer = Tokenizer.load(config.model)
-        _put(tokenizer, config.out)
-        return tokenizer
-    texts = _sample(_texts(config.text), config.texts, config.seed)
-    temporary = config.out / f"tokenizer.{os.getpid()}.tmp"
-    try:
-        with writing(config.out):
-            tokenizer = train_tokenizer(texts, temporary, num_pieces=config.pieces)
-    finally:
-        temporary.unlink(missing_ok=True)
+    else:
+        texts = _sample(_texts(config.text), config.texts, config.seed)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "tokenizer.model"
+            tokenizer = train_tokenizer(texts, path, num_pieces=config.pieces)
+    make_folder(config.out)
     _put(tokenizer, config.out)
     return tokenizer
 

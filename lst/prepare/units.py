@@ -96,7 +96,7 @@ def _sample(config: CodebookConfig, passed_over: list[str]) -> Iterator[np.ndarr
         elif (place := rng.randrange(number + 1)) < DRAWN:
             drawn[place] = each
     rng.shuffle(drawn)
-    missing = round(60 * config.minutes * SAMPLE_RATE)
+    missing = max(1, int(min(60 * config.minutes * SAMPLE_RATE, 2**62)))
     with tqdm(total=missing // SAMPLE_RATE, desc="codebook", unit="s", disable=None) as bar:
         for utterance in drawn:
             try:

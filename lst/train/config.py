@@ -6,13 +6,12 @@ A run's ``config.json`` says everything that its results depend on, and is read 
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from lst.data.loader import DataConfig
-from lst.errors import UserError, expect_option, expect_positive
+from lst.errors import UserError, expect_not_negative, expect_option, expect_positive
 from lst.model import ModelConfig
 from lst.strict_json import YOUNGER, read_json, read_strictly
 
@@ -29,12 +28,10 @@ class OptimizerConfig:
     clip: float = 1.0  # largest global norm of the gradient
 
     def __post_init__(self) -> None:
-        expect_option(0 < self.lr < math.inf, "optimizer.lr", "more than 0", self.lr)
+        expect_positive(self, "lr", within="optimizer.")
         for beta in self.betas:
             expect_option(0 <= beta < 1, "optimizer.betas", "numbers in [0, 1)", self.betas)
-        for name in ("weight_decay", "warmup_steps"):
-            value = getattr(self, name)
-            expect_option(0 <= value < math.inf, f"optimizer.{name}", "0 or more", value)
+        expect_not_negative(self, "weight_decay", "warmup_steps", within="optimizer.")
         ratio = self.min_lr_ratio
         expect_option(0 <= ratio <= 1, "optimizer.min_lr_ratio", "[0, 1]", ratio)
         expect_option(self.clip > 0, "optimizer.clip", "more than 0", self.clip)
@@ -52,11 +49,13 @@ class ParallelConfig:
     replicas: int | None = None  # hsdp: groups that each hold the whole model; None: one a machine
 
     def __post_init__(self) -> None:
+        expect_positive(self, "replicas", within="parallel.")
         if self.replicas is not None:
-            name = "parallel.replicas"
-            expect_option(self.replicas >= 1, name, "1 or more", self.replicas)
             expect_option(
-                self.strategy == "hsdp", name, "it with hsdp alone", f"strategy {self.strategy}"
+                self.strategy == "hsdp",
+                "parallel.replicas",
+                "it with hsdp alone",
+                f"strategy {self.strategy}",
             )
 
 
@@ -105,11 +104,9 @@ class TrainConfig:
         counts = ("steps", "accumulation", "max_skipped", "keep", "keep_every")
         intervals = ("validate_every", "checkpoint_every", "log_every")
         expect_positive(self, *counts, *intervals, "peak_tflops")
-        finite = 0 <= self.hang_timeout < math.inf
-        expect_option(finite, "hang-timeout", "0 or more", self.hang_timeout)
+        expect_not_negative(self, "hang_timeout", "seed")
         if self.init_from is not None and self.warm_start is not None:
             raise UserError("--init-from: expected it or --warm-start, got both")
-        expect_option(0 <= self.seed < 2**63, "seed", "0 or more, below 2^63", self.seed)
 
 
 # What a run may be resumed with another value of: where things are and how often it tells of them.

@@ -44,9 +44,10 @@ def write_recordings(config: RecordingsConfig) -> str:
         UserError: not a dataset of the demo corpus; it cannot be written.
     """
     voices = {voice.name: voice for voice in (*TRAINING_VOICES, HELD_OUT_VOICE)}
+    dataset = Dataset.open(config.corpus)
     make_folder(config.out)
     rows, frames = [], 0
-    for record in tqdm(Dataset.open(config.corpus), desc="recordings", disable=None):
+    for record in tqdm(dataset, desc="recordings", disable=None):
         if frames >= config.minutes * 60 * FRAMES_PER_SECOND:
             break
         if record.units is None or record.text is None or record.speaker not in voices:

@@ -255,8 +255,8 @@ def test_a_token_level_model_has_every_token_as_a_unit(make_loader):
 
 
 BAD_CONFIGS = {
-    "rows": ({"rows": 0}, "expected at least 1 row, got 0"),
-    "units": ({"units_per_sequence": 3}, "expected at least 4 units per sequence .* got 3"),
+    "rows": ({"rows": 0}, "--data.rows: expected 1 or more, got 0"),
+    "units": ({"units_per_sequence": 3}, "--data.units-per-sequence: expected 4 or more .* got 3"),
     "mixture": ({"mixture": {}}, "expected a mixture of at least one dataset"),
     "weight": ({"mixture": {"text": 0.0}}, "expected a weight above 0 for 'text', got 0.0"),
     "negative": ({"mixture": {"text": -1.0}}, "expected a weight above 0 for 'text', got -1.0"),
@@ -265,7 +265,7 @@ BAD_CONFIGS = {
     "kind": ({"mixture": {"text:song": 1.0}}, "expected a mixture of DATASET or DATASET:KIND"),
     "no speech": ({"mixture": {"text:speech": 1.0}}, "'text:speech' .* expected units in every"),
     "twins": ({"mixture": {"text": 1.0, "text:auto": 1.0}}, "'text:auto' and 'text' .* the same"),
-    "workers": ({"num_workers": -1}, "expected 0 or more workers, got -1"),
+    "workers": ({"num_workers": -1}, "--data.num-workers: expected 0 or more, got -1"),
     "folder": ({"mixture": {"songs": 1.0}}, "train/songs: expected a dataset folder"),
     "baseline": ({"plan": PlanConfig(local=False)}, "expected the patching strategy 'none'"),
     "ranks": ({"world_size": 3}, "rows that divide by 3 processes × 1 micro-batches, got 4"),

@@ -314,9 +314,9 @@ def test_strategies_by_name():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"size": 0}, "expected a size of at least 1 unit, got 0"),
-        ({"max_patch_length": 0}, "maximal patch length of at least 1 unit, got 0"),
-        ({"boundary_noise_ms": -1.0}, "boundary noise of 0 ms or more, got -1.0"),
+        ({"size": 0}, "--data.patching.size: expected 1 or more, got 0"),
+        ({"max_patch_length": 0}, "max-patch-length: expected 1 or more, got 0"),
+        ({"boundary_noise_ms": -1.0}, "boundary-noise-ms: expected 0 or more, got -1.0"),
         (
             {"strategy": "static", "boundary_noise_ms": 20.0},
             "boundary_noise_ms is of aligned patches, which the strategy 'static' does not make",

@@ -376,8 +376,9 @@ def test_options_that_are_wrong(run: Run, options: list[str], message: str) -> N
 
 
 def test_a_folder_in_the_place_of_the_result_is_refused_before_anything_is_scored(run: Run) -> None:
-    with pytest.raises(UserError, match=r"--json .*: expected a file to write, got a folder"):
-        run(out=".")
+    for out in (".", "none/result.json"):
+        with pytest.raises(UserError, match=r"--json .*: expected a file to write, in a folder th"):
+            run(out=out)
 
 
 def test_a_mode_that_the_data_does_not_have(run: Run, tmp_path: Path) -> None:

@@ -147,13 +147,13 @@ def test_scores_that_are_no_numbers_are_told():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"temperature": -1.0}, "temperature of 0 or more, got -1.0"),
-        ({"temperature": float("nan")}, "temperature of 0 or more"),
-        ({"top_k": 0}, "top-k of at least 1, got 0"),
-        ({"top_p": 0.0}, r"top-p in \(0, 1\], got 0.0"),
-        ({"repetition_penalty": 0.0}, "positive repetition penalty"),
+        ({"temperature": -1.0}, "--temperature: expected 0 or more, got -1.0"),
+        ({"temperature": float("nan")}, "--temperature: expected 0 or more"),
+        ({"top_k": 0}, "--top-k: expected 1 or more, got 0"),
+        ({"top_p": 0.0}, r"--top-p: expected a share in \(0, 1\], got 0.0"),
+        ({"repetition_penalty": 0.0}, "--repetition-penalty: expected more than 0"),
         ({"modality": "song"}, "any, text or speech, got song"),
-        ({"max_tokens": 0}, "at least 1 token"),
+        ({"max_tokens": 0}, "--max-tokens: expected 1 or more"),
     ],
 )
 def test_settings_without_meaning_are_refused(changes, message):

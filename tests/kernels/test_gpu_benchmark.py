@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lst.errors import UserError
+
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 TOKENS = 96
@@ -434,5 +436,5 @@ def test_the_table_has_the_worst_of_each_target(gpu, report):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would run")
 def test_without_a_gpu_the_command_says_so(gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path)])
-    with pytest.raises(SystemExit, match="this measures a GPU, and torch sees none"):
+    with pytest.raises(UserError, match="this measures a GPU, and torch sees none"):
         gpu.main()

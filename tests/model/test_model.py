@@ -427,8 +427,10 @@ def test_the_paper_sizes_are_those_of_table_7():
     ("changes", "message"),
     [
         ({"dim": 30, "heads": 4}, "does not split into 4 heads"),
-        ({"layers": 0}, "must be positive"),
-        ({"hidden": 0}, "must be positive"),
+        ({"layers": 0}, "expected every size of a stack to be 1 to"),
+        ({"hidden": 0}, "expected every size of a stack to be 1 to"),
+        ({"dim": 2**31, "heads": 2}, "expected every size of a stack to be 1 to 1,048,576"),
+        ({"layers": 2**31}, "at most 10,000 layers"),
         ({"heads": 4, "kv_heads": 3}, "3 heads of keys cannot be shared evenly by 4"),
     ],
 )
@@ -440,14 +442,15 @@ def test_impossible_stacks_are_refused(changes, message):
 @pytest.mark.parametrize("name", ["local_window", "decoder_window", "rope_theta", "norm_eps"])
 @pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf")])
 def test_a_window_or_constant_that_is_not_above_zero_is_refused(name, value):
-    with pytest.raises(UserError, match=f"model: expected {name} to be more than 0, got {value}"):
+    option = f"--model.{name.replace('_', '-')}"
+    with pytest.raises(UserError, match=f"{option}: expected .*, got {value}"):
         small_config(**{name: value})
 
 
 def test_widths_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match="multiple of 16"):
         small_config(global_transformer=StackConfig(layers=1, dim=40, heads=2))
-    with pytest.raises(UserError, match="rotary scaling needs factor > 0"):
-        RopeScaling(kind="linear", factor=0)
+    with pytest.raises(UserError, match=r"--model\.rope-scaling\.factor: expected more than 0"):
+        RopeScaling(kind="linear", factor=0.0)
     with pytest.raises(UserError, match="widths must agree"):
         small_config(decoder=StackConfig(layers=1, dim=32, heads=2))

@@ -616,3 +616,15 @@ def test_without_datatrove_an_executor_names_the_extra(config, monkeypatch):
     monkeypatch.setitem(sys.modules, "datatrove.executor", None)
     with pytest.raises(UserError, match=r"--executor local needs datatrove.*'lst\[scale\]'"):
         make_executor(config, ExecutorConfig(executor="local"))
+
+
+def test_a_name_of_a_source_that_is_no_text_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"--source: expected a name that can be printed, got"):
+        CorpusConfig(text=(tmp_path,), out=tmp_path / "out", source="\udcff")
+
+
+def test_a_source_of_nothing_leaves_no_folder(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="expected text files"):
+        prepare_corpus(CorpusConfig(text=(tmp_path / "empty",), out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

@@ -127,3 +127,24 @@ def test_mistakes_are_named_in_one_line(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert done.stderr.startswith(f"error: {tmp_path}/nowhere: expected a dataset folder")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sizes": (4, 0)}, "--sizes: expected 1 or more, got 0"),
+        ({"sizes": (10**20,)}, "--sizes: expected 1 or more, below 2^63, got 1"),
+        ({"max_patch_length": 10**20}, "--max-patch-length: expected 1 or more, below 2^63"),
+        ({"boundary_noise_ms": float("nan")}, "--boundary-noise-ms: expected 0 or more, got nan"),
+    ],
+)
+def test_numbers_that_are_none_are_named_by_the_options_of_the_command(tmp_path, options, message):
+    with pytest.raises(UserError, match=message.replace("^", r"\^")):
+        StatsConfig(dataset=tmp_path, **options)
+
+
+def test_noise_beyond_the_recording_is_that_of_its_length(write):
+    folder = write(spoken("r"))
+    config = StatsConfig(dataset=folder, boundary_noise_ms=1e308)
+    as_long = StatsConfig(dataset=folder, boundary_noise_ms=18 * 40.0)
+    assert describe_dataset(config).replace("1e+308", "720") == describe_dataset(as_long)

@@ -80,7 +80,7 @@ def test_bad_text_is_named_and_leaves_nothing(tmp_path, content, message):
     path.write_bytes(content)
     with pytest.raises(UserError, match=message):
         prepare(tmp_path / "out", text=(path,))
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_that_is_none_is_named_and_leaves_nothing(tmp_path, text):
@@ -91,7 +91,7 @@ def test_a_model_that_is_none_is_named_and_leaves_nothing(tmp_path, text):
     (tmp_path / "empty.model").write_bytes(b"")
     with pytest.raises(UserError, match=r"empty\.model: expected a SentencePiece model"):
         prepare(tmp_path / "out", model=tmp_path / "empty.model")
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -120,3 +120,12 @@ def test_a_sample_is_drawn_from_everywhere_and_the_same_again():
     quarters = [sum(counts[text] for text in texts[at : at + 250]) for at in range(0, 1000, 250)]
     assert all(4700 < count < 5300 for count in quarters)  # 5000 each: ± 4.5 deviations
     assert _sample(texts, 5000, 0) == texts
+
+
+@pytest.mark.parametrize("pieces", [2**31, 2**62])
+def test_more_pieces_than_there_can_be_leave_no_folder(tmp_path, text, pieces):
+    with pytest.raises(UserError, match=f"no tokenizer of {pieces} pieces from these lines"):
+        prepare(tmp_path / "out", text=(text,), pieces=pieces)
+    with pytest.raises(UserError, match="expected a file or a folder, got neither"):
+        prepare(tmp_path / "out", text=(tmp_path / "none",))
+    assert not (tmp_path / "out").exists()

@@ -67,3 +67,13 @@ def test_what_is_in_the_way_of_a_codebook(spoken_folder, tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             CodebookConfig(out=out, **options)
+
+
+@pytest.mark.parametrize("minutes", [1e308, 1e-320])
+def test_minutes_beyond_measure_are_all_or_hardly_any(spoken_folder, tmp_path, minutes):
+    config = CodebookConfig(folder=spoken_folder, out=tmp_path / "c", codes=5, minutes=minutes)
+    if minutes > 1:
+        assert fit_codebook(config).startswith(f"{tmp_path / 'c'}: 5 codes")
+    else:
+        with pytest.raises(UserError, match="expected"):
+            fit_codebook(config)
