@@ -36,9 +36,9 @@ class Counting:
 def gpu(monkeypatch):
     """`benchmarks.gpu`, whose kernels are the reference."""
     monkeypatch.syspath_prepend(ROOT)
-    from benchmarks import gpu, gpu_checks
+    from benchmarks import gpu, gpu_checks, gpu_peers
 
-    for module in (gpu, gpu_checks):
+    for module in (gpu, gpu_checks, gpu_peers):
         monkeypatch.setattr(module, "BACKEND", "reference")
     return gpu
 
@@ -209,14 +209,14 @@ def test_the_scan_is_set_beside_the_copy_and_torchs_own_scan(gpu, report):
 
 def test_backward_runs_are_made_when_they_are_first_called(gpu, report, monkeypatch):
     """An op that raises and whose check failed does not end the part that would measure it."""
-    from benchmarks import gpu_checks
+    from benchmarks import gpu_checks, gpu_peers
 
     def broken(*args, **options):
         raise RuntimeError("no kernel")
 
     for op in ("range_attention", "patch_pool", "patch_expand", "segment_scan"):
-        for module in (gpu, gpu_checks):
-            monkeypatch.setattr(module, op, broken)
+        monkeypatch.setattr(gpu_checks, op, broken)
+        monkeypatch.setattr(gpu_peers if op == "range_attention" else gpu, op, broken)
     gpu_checks.check_attention(report, TOKENS, CPU)
     gpu_checks.check_pooling(report, TOKENS, CPU)
     gpu_checks.check_scan(report, TOKENS, CPU)
@@ -249,6 +249,7 @@ def test_decoder_and_encoder_are_raced_against_flex_under_the_same_mask(gpu, rep
 
 
 def test_block_causal_is_raced_against_varlen_attn(gpu, report, monkeypatch):
+    from benchmarks import gpu_peers
     from lst_kernels import range_attention
 
     def dense(case):
@@ -258,7 +259,7 @@ def test_block_causal_is_raced_against_varlen_attn(gpu, report, monkeypatch):
     gpu.measure_causal(report, Counting(), TOKENS, CPU)  # varlen_attn has no CPU kernel
     assert {figure["name"] for figure in report.figures} == {"lst_kernels"}
     assert not report.targets
-    monkeypatch.setattr(gpu, "varlen_call", dense)
+    monkeypatch.setattr(gpu_peers, "varlen_call", dense)
     gpu.measure_causal(report, Counting(), TOKENS, CPU)
     assert {target["case"] for target in report.targets} == {"block-causal"}
     assert [target["got"] for target in report.targets] == [1.0, 1.0]
@@ -267,13 +268,13 @@ def test_block_causal_is_raced_against_varlen_attn(gpu, report, monkeypatch):
 def test_varlen_attn_is_called_with_one_key_fewer_than_the_window(gpu, monkeypatch):
     from torch.nn.attention import varlen
 
-    from benchmarks import shapes
+    from benchmarks import gpu_peers, shapes
 
     calls = []
     monkeypatch.setattr(varlen, "varlen_attn", lambda *args, **options: calls.append(options))
     q = torch.ones(1, 1, 64)
     for case in (*shapes.causal_cases(TOKENS, CPU), *shapes.encoder_cases(TOKENS, CPU)):
-        gpu.varlen_call(case)(q, q, q)
+        gpu_peers.varlen_call(case)(q, q, q)
     windows = [options["window_size"] for options in calls]
     assert windows == [(511, 0), (-1, 0), *[(-1, -1)] * 4]
 
