@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.plots import PICTURES, draw
 from benchmarks.result_file import Result, Row
 from lst.errors import UserError, run_command
-from lst.files import write_atomically
+from lst.files import make_folder, write_atomically
 from lst.machine import device_stem
 
 
