@@ -221,7 +221,8 @@ def prepare_corpus(config: CorpusConfig) -> Made:
 def describe_corpus(out: Path) -> str:
     """A line on what is in a folder that :func:`prepare_corpus` has made."""
     result = _read_plan(out).result
-    assert result is not None
+    if result is None:
+        raise UserError(f"{out / PLAN}: expected the result of a corpus that is made, got none")
     line = f"{out}: {result['records']:,} records"
     if result["frames"]:
         line += f", {result['frames'] / FRAMES_PER_SECOND / 3600:,.2f} hours"
@@ -272,7 +273,7 @@ def plan_corpus(config: CorpusConfig) -> Plan:
         _aligner(config.aligner, config.device)  # told before it is in the plan that it is none
     inputs = _with_unique_ids(list_inputs(config))
     num_inputs = num_shards = 0
-    while lines := [to_json(each) for each in islice(inputs, _shard_inputs(config))]:
+    while lines := [_seal(to_json(each)) for each in islice(inputs, _shard_inputs(config))]:
         if (config.out / PLAN).is_file():  # of a rank that was faster, and may have made it all
             return plan_corpus(config)
         make_folder(_work(config))  # once there is something to prepare
@@ -280,7 +281,7 @@ def plan_corpus(config: CorpusConfig) -> Plan:
         num_inputs += len(lines)
         num_shards += 1
     if not num_inputs:
-        names = ", ".join(settings[source_kind(config)])
+        names = _sources(config, settings)
         raise UserError(f"{names}: expected something to prepare, got nothing")
     if (config.out / PLAN).is_file():
         return plan_corpus(config)
@@ -298,6 +299,11 @@ def _settings(config: CorpusConfig) -> dict[str, Any]:
         "source": _source(config),
         "shard_inputs": _shard_inputs(config),
     }
+
+
+def _sources(config: CorpusConfig, settings: dict[str, Any]) -> str:
+    """The files that the inputs are listed in."""
+    return ", ".join(settings.get("supervisions") or settings[source_kind(config)])
 
 
 def _source(config: CorpusConfig) -> str:
@@ -443,14 +449,15 @@ def _make_shard(
             ),
             skipped=[each for each in found if isinstance(each, Skipped)],
         )
-        write_json(_report_path(work, index), asdict(report))
+        write_atomically(_report_path(work, index), _seal(json.dumps(asdict(report))) + "\n")
         journal_path.unlink()
     return report
 
 
 def _read_inputs(path: Path, kind: str, number: int) -> list[Input]:
     """Raises UserError where they are not the ones that were planned, as far as it shows."""
-    inputs = [from_json(kind, values, where) for _, where, values in read_json_lines(path)]
+    lines = read_json_lines(path)
+    inputs = [from_json(kind, _unseal(values, where), where) for _, where, values in lines]
     if len(inputs) != number:
         raise UserError(f"{path}: expected {number} inputs, got {len(inputs)}")
     return inputs
@@ -488,17 +495,16 @@ def _journal(path: Path) -> Iterator[tuple[list[list[Outcome]], BinaryIO]]:
 
 
 def _entry(outcomes: list[Outcome]) -> bytes:
-    """A line of the journal: what came of an input, after its checksum."""
-    content = json.dumps([_outcome_json(each) for each in outcomes]).encode()
-    return b"%08x %s\n" % (zlib.crc32(content), content)
+    """A line of the journal: what came of an input."""
+    return f"{_seal(json.dumps([_outcome_json(each) for each in outcomes]))}\n".encode()
 
 
 def _outcomes_of(line: bytes) -> list[Outcome] | None:
     """What :func:`_entry` was given; None of a line that is not whole."""
-    checksum, _, content = line.removesuffix(b"\n").partition(b" ")
-    if not line.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(content):
+    try:
+        return [_outcome_of(each) for each in _unseal(parse_json(line, ""), "")]
+    except UserError:
         return None
-    return [_outcome_of(each) for each in json.loads(content)]
 
 
 def _outcome_json(outcome: Outcome) -> dict[str, Any]:
@@ -520,10 +526,24 @@ def _outcome_of(fields: dict[str, Any]) -> Outcome:
     )
 
 
+def _seal(content: str) -> str:
+    """JSON with its checksum: what a disk or a kill does to a file in work does not go unseen."""
+    return f'{{"crc32": {zlib.crc32(content.encode())}, "of": {content}}}'
+
+
+def _unseal(values: Any, where: str) -> Any:
+    """What the JSON of :func:`_seal` holds. Raises UserError where it is not what was written."""
+    content = values.get("of") if isinstance(values, dict) else None
+    if values != {"crc32": zlib.crc32(json.dumps(content).encode()), "of": content}:
+        raise UserError(f"{where}: damaged: expected the content of its checksum, got another")
+    return content
+
+
 def _read_report(work: Path, plan: Plan, index: int) -> ShardReport:
     """Raises UserError where it is damaged, FileNotFoundError where it is not there."""
     path = _report_path(work, index)
-    report = read_strictly(ShardReport, parse_json(path.read_bytes(), str(path)), str(path))
+    values = _unseal(parse_json(path.read_bytes(), str(path)), str(path))
+    report = read_strictly(ShardReport, values, str(path))
     got = (None if report.shard is None else report.shard.info.name, report.num_inputs)
     if got[0] not in (None, shard_name(index)) or got[1] != plan.inputs_of(index):
         raise UserError(
@@ -555,6 +575,9 @@ def _join(config: CorpusConfig, plan: Plan) -> bool:
         seen.add(report)
     seen.check_share(enough=0)
     shards = [report.shard for report in reports if report.shard is not None]
+    if not shards:
+        problem = f"{_sources(config, plan.settings)}: expected something to prepare, got nothing"
+        raise seen.failure(problem) if seen.skipped else UserError(problem)
     if source_kind(config) == "authors":  # other ids are those of the inputs, or places in them
         _check_unique_ids(config, shards)
     for path in config.out.glob("shard-*.parquet.*.tmp"):  # of a process that was killed
@@ -602,14 +625,20 @@ class _Seen:
         num_seen = self._num_records + num_skipped
         if num_seen < enough or num_skipped <= config.max_skipped_share * num_seen:
             return
-        first = self.skipped[0]
+        raise self.failure(
+            f"{num_skipped:,} of {num_seen:,} skipped, more than --max-skipped-share "
+            f"{config.max_skipped_share:g}",
+            " (what is prepared is kept: the same command with a larger share goes on)",
+        )
+
+    def failure(self, problem: str, advice: str = "") -> UserError:
+        """An error to raise; what was skipped is listed for it."""
+        config, first = self._config, self.skipped[0]
         name = SKIPPED if config.world_size == 1 else SKIPPED_OF_RANK.format(config.rank)
         self.list_skipped(config.out / name)
-        raise UserError(
-            f"{num_skipped:,} of {num_seen:,} skipped, more than --max-skipped-share "
-            f"{config.max_skipped_share:g}; all are listed in {config.out / name}, the first: "
-            f"{first.where}: {first.reason} (what is prepared is kept: the same command with a "
-            "larger share goes on)"
+        return UserError(
+            f"{problem}; all are listed in {config.out / name}, the first: "
+            f"{first.where}: {first.reason}{advice}"
         )
 
 

@@ -41,15 +41,20 @@ def list_supervisions(
     recordings: Iterable[Path], supervisions: Iterable[Path]
 ) -> Iterator[Utterance]:
     """Every supervision, a stretch of its recording. The recordings are held in memory."""
-    by_id = {recording.id: recording for _, recording in _items(recordings, ("Recording",))}
+    by_id = {}
+    for where, recording in _items(recordings, ("Recording",)):
+        with _understanding(f"{where}, recording {recording.id!r}"):
+            by_id[written(recording.id)] = recording
     for where, segment in _items(supervisions, ("SupervisionSegment",)):
         where = f"{where}, supervision {segment.id!r}"
-        if segment.recording_id not in by_id:
+        with _understanding(where):
+            recording_id = written(segment.recording_id)
+        if recording_id not in by_id:
             raise UserError(
-                f"{where}: its recording {segment.recording_id!r} is in no --recordings manifest"
+                f"{where}: its recording {recording_id!r} is in no --recordings manifest"
             )
         yield _utterance(
-            segment.id, where, by_id[segment.recording_id], segment.start, segment.duration,
+            segment.id, where, by_id[recording_id], segment.start, segment.duration,
             segment.channel, [segment],
         )  # fmt: skip
 

@@ -82,7 +82,11 @@ def open_audio(utterance: Utterance) -> AudioReader:
         return AudioReader.open(utterance.audio, utterance.channels)
     from lhotse import Recording
 
-    return AudioReader.of_recording(Recording.from_dict(dict(utterance.audio)), utterance.channels)
+    try:
+        recording = Recording.from_dict(dict(utterance.audio))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise AudioError(f"{utterance.where}: not a recording of lhotse ({error!r})") from None
+    return AudioReader.of_recording(recording, utterance.channels)
 
 
 def encode_audio(encoder: UnitEncoder, audio: AudioReader, start: int, stop: int) -> np.ndarray:

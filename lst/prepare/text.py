@@ -61,6 +61,8 @@ def lines_of(part: Part) -> Iterator[Line | Skipped]:
     compressed = part.name.endswith(".gz")
     file: BinaryIO
     try:
+        if compressed and not Path(part.path).stat().st_size:  # which gzip takes for no lines
+            raise EOFError("empty, so not compressed")
         with gzip.open(part.path) if compressed else Path(part.path).open("rb") as file:  # type: ignore[assignment]
             if part.start:
                 file.seek(part.start - 1)

@@ -64,8 +64,11 @@ def read_units(path: Path) -> np.ndarray:
             units = np.load(path, allow_pickle=False)
         else:
             units = np.array([int(word) for word in path.read_text().split()], np.int64)
-    except (OSError, ValueError, OverflowError, EOFError) as error:
+    except Exception as error:  # NumPy's own, and those of what reads the header of its files
         raise UserError(f"{path}: expected speech units ({error})") from None
+    if units.ndim != 1 or not np.issubdtype(units.dtype, np.integer):
+        got = f"{units.dtype} of shape {units.shape}"
+        raise UserError(f"{path}: expected speech units, whole numbers in a row, got {got}")
     return units
 
 

@@ -123,6 +123,13 @@ def test_a_line_of_the_journal_that_is_torn_is_prepared_again(config, made, prep
     assert content_of(config.out) == made
 
 
+def sealed(text, change=None):
+    """Other content with the checksum that it should have, on a line."""
+    if change is not None:
+        text = json.dumps(json.loads(text)["of"]).replace(*change)
+    return corpus._seal(text.rstrip("\n")) + "\n"
+
+
 INPUTS, SHARD, REPORT = "inputs-00001.jsonl", "shard-00000.parquet", "shard-00000.json"
 
 
@@ -132,19 +139,22 @@ INPUTS, SHARD, REPORT = "inputs-00001.jsonl", "shard-00000.parquet", "shard-0000
         (INPUTS, lambda text: "", "expected 2 inputs, got 0"),
         (INPUTS, lambda text: text[: text.index("\n") + 1], "expected 2 inputs, got 1"),
         (INPUTS, lambda text: text[:-9], "line 2: expected JSON"),
-        (INPUTS, lambda text: text.replace("start", "Start"), "line 1: unknown key Start"),
-        (INPUTS, lambda text: "null\n" + text, "line 1: expected Utterance, got null"),
+        (INPUTS, lambda text: text.replace("start", "Start"), "line 1: damaged"),
+        (INPUTS, lambda text: text.replace(": 0.0", ": 0.5"), "line 1: damaged"),
+        (INPUTS, lambda text: "null\n" + text, "line 1: damaged"),
+        (INPUTS, lambda text: sealed("null\n") + text, "line 1: expected Utterance, got null"),
         (REPORT, lambda text: text[:-9], "expected JSON"),
-        (REPORT, lambda text: "[]", r"expected ShardReport, got \[\]"),
-        (REPORT, lambda text: text.replace("rows", "row"), r"unknown key shard\.info\.row"),
+        (REPORT, lambda text: "[]", "damaged"),
+        (REPORT, lambda text: sealed("[]"), r"expected ShardReport, got \[\]"),
+        (REPORT, lambda text: text.replace('"num_frames": ', '"num_frames": 1'), "damaged"),
         (
             REPORT,
-            lambda text: text.replace('"num_inputs": 2', '"num_inputs": 1'),
+            lambda text: sealed(text, ('"num_inputs": 2', '"num_inputs": 1')),
             f"expected {SHARD} of 2 inputs, got {SHARD} of 1",
         ),
         (
             REPORT,
-            lambda text: text.replace(SHARD, "shard-00001.parquet"),
+            lambda text: sealed(text, (SHARD, "shard-00001.parquet")),
             f"expected {SHARD} of 2 inputs, got shard-00001.parquet of 2",
         ),
     ],
@@ -370,6 +380,27 @@ def test_more_of_it_than_its_share_stops_the_job_and_keeps_what_is_prepared(
     assert prepared.done == []
     assert len(skipped_in(config.out / "skipped.jsonl")) == 8
     assert not list(config.out.glob("skipped-rank-*"))
+
+
+def test_a_source_of_which_nothing_is_fit_is_told_with_the_first_reason(tmp_path):
+    text = tmp_path / "a.jsonl"
+    text.write_text("{\n")
+    config = CorpusConfig(out=tmp_path / "made", text=(text,), max_skipped_share=1.0)
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"a\.jsonl: expected something .* first: .*, line 1: "):
+            prepare_corpus(config)
+        assert len(skipped_in(config.out / "skipped.jsonl")) == 1
+    text.write_text("\n\n")
+    with pytest.raises(UserError, match=r"a\.jsonl: expected something to prepare, got nothing$"):
+        prepare_corpus(replace(config, out=tmp_path / "blank"))
+
+
+def test_a_made_corpus_without_its_result_is_named(config, made):
+    out = config.out.with_name("in-one-go")
+    plan = json.loads((out / "plan.json").read_text())
+    (out / "plan.json").write_text(json.dumps(plan | {"result": None}))
+    with pytest.raises(UserError, match=r"plan\.json: expected the result of a corpus"):
+        corpus.describe_corpus(out)
 
 
 def test_a_job_that_finds_nothing_fit_stops_early(config, prepared, monkeypatch):

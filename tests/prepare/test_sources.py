@@ -248,6 +248,7 @@ def test_a_bad_lhotse_manifest_is_named_with_its_line(tmp_path, session, prepare
         {"alignment": {"word": [["hi", None, 0.5]]}},
         {"alignment": {"word": [[None, 0.0, 0.5]]}},
         {"alignment": {"word": "hi"}},
+        {"recording_id": ["session"]},
     ],
     ids=str,
 )
@@ -667,3 +668,7 @@ def test_a_damaged_compressed_file_gives_what_is_before_the_damage_and_says_so(t
     assert records
     assert isinstance(last, Skipped)
     assert "cannot be read" in last.reason
+    (tmp_path / "a.txt.gz").write_bytes(b"")
+    (empty,) = text_records(Part(name="a.txt.gz", path=str(tmp_path / "a.txt.gz")), "s")
+    assert isinstance(empty, Skipped)
+    assert "cannot be read (empty" in empty.reason

@@ -85,7 +85,12 @@ def test_a_file_of_no_units_is_no_sound(codebook, tmp_path):
 def test_files_of_units_that_hold_something_else_are_told_of(tmp_path):
     np.save(tmp_path / "objects.npy", np.array([{}], object), allow_pickle=True)
     (tmp_path / "cut.npy").write_bytes(b"\x93NUMPY")
-    for name in ("objects.npy", "cut.npy", "absent.npy", "absent.txt"):
+    np.save(tmp_path / "floats.npy", np.array([1.0, 2.0]))
+    np.save(tmp_path / "table.npy", np.array([[1], [2]]))
+    whole = (tmp_path / "table.npy").read_bytes()
+    (tmp_path / "header.npy").write_bytes(whole.replace(b"}", b"("))
+    names = ("objects.npy", "cut.npy", "floats.npy", "table.npy", "header.npy")
+    for name in (*names, "absent.npy", "absent.txt"):
         with pytest.raises(UserError, match=f"{name}: expected speech units"):
             read_units(tmp_path / name)
 
