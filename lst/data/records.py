@@ -6,9 +6,8 @@
         shard-00000.parquet ...     one row a record
         dataset.json                counts, fingerprints, shards; written last
 
-A folder without ``dataset.json`` is not a dataset: a writer that died leaves none. Each shard's
-length and SHA-256 stand in ``dataset.json``, so a truncated, exchanged or damaged shard is an
-error that names the file, never a silent loss of data.
+A truncated, exchanged or damaged shard is an error that names the file, never a silent loss of data
+(lst.data.shards).
 
     with RecordWriter(folder, codebook=None, tokenizer=None, num_units=501) as writer:
         writer.write(record)
@@ -16,8 +15,6 @@ error that names the file, never a silent loss of data.
     len(dataset), dataset[3]
 """
 
-import hashlib
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -28,33 +25,38 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from lst.data.shards import (
+    FRAMES_PER_SECOND,
+    DatasetInfo,
+    ShardInfo,
+    WrittenShard,
+    check_size,
+    clear_folder,
+    read_info,
+    read_table,
+    shard_name,
+    write_info,
+    write_table,
+)
 from lst.errors import UserError
-from lst.files import Location, write_atomically, write_json
-from lst.strict_json import parse_json, read_strictly
+from lst.files import Location
 
 __all__ = [
     "FRAMES_PER_SECOND",
     "Dataset",
-    "DatasetInfo",
     "Record",
     "RecordWriter",
-    "ShardInfo",
     "Span",
     "StoryItem",
     "Word",
-    "WrittenShard",
     "join_shards",
     "read_items",
-    "shard_name",
     "validate_record",
     "write_items",
     "write_shard",
 ]
 
-FRAMES_PER_SECOND = 25  # a speech unit is one frame of 40 ms
-FORMAT = 1  # of dataset.json; raised when an older reader would misread a newer folder
 TASKS = ("storycloze", "topicstorycloze", "hellaswag")
 
 
@@ -105,46 +107,6 @@ class StoryItem:
     prompt: Record
     endings: tuple[Record, ...]
     answer: int
-
-
-@dataclass(frozen=True, slots=True)
-class ShardInfo:
-    name: str
-    rows: int
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True)
-class WrittenShard:
-    """A shard that is on disk, and what ``dataset.json`` has to know of it."""
-
-    info: ShardInfo
-    num_frames: int
-    num_characters: int
-
-
-@dataclass(frozen=True, slots=True)
-class DatasetInfo:
-    """What ``dataset.json`` says.
-
-    Attributes:
-        codebook, tokenizer: fingerprints of the files that made the units and that go with the
-            texts, ``sha256:<hex>``; None where the folder depends on neither.
-        num_units: size of the codebook; units are in [0, num_units).
-    """
-
-    num_records: int
-    num_frames: int
-    num_characters: int
-    codebook: str | None
-    tokenizer: str | None
-    num_units: int
-    shards: tuple[ShardInfo, ...]
-
-    @property
-    def hours(self) -> float:
-        return self.num_frames / FRAMES_PER_SECOND / 3600
 
 
 # Validation ---------------------------------------------------------------------------------------
@@ -256,7 +218,7 @@ class RecordWriter:
         self._num_records = self._num_frames = self._num_characters = 0
 
     def __enter__(self) -> Self:
-        _clear(self.folder)
+        clear_folder(self.folder)
         return self
 
     def write(self, record: Record) -> None:
@@ -288,11 +250,11 @@ class RecordWriter:
             "num_characters": self._num_characters,
             "num_units": self._num_units,
         }
-        _write_info(self.folder, "records", {**counts, **self._fingerprints}, self._shards)
+        write_info(self.folder, "records", {**counts, **self._fingerprints}, self._shards)
 
     def _flush(self) -> None:
         table = pa.Table.from_pylist(self._rows, schema=_RECORD_SCHEMA)
-        self._shards.append(_write_shard(self.folder, shard_name(len(self._shards)), table))
+        self._shards.append(write_table(self.folder, shard_name(len(self._shards)), table))
         self._rows = []
 
 
@@ -312,7 +274,7 @@ def write_shard(
         validate_record(record, num_units, f"{folder / name}, row {row}")
     table = pa.Table.from_pylist([_record_row(each) for each in records], schema=_RECORD_SCHEMA)
     return WrittenShard(
-        info=_write_shard(folder, name, table),
+        info=write_table(folder, name, table),
         num_frames=sum(0 if each.units is None else len(each.units) for each in records),
         num_characters=sum(len(each.text or "") for each in records),
     )
@@ -336,7 +298,7 @@ def join_shards(
         raise UserError(f"{folder}: expected records to write, got none")
     sizes = Location(folder).sizes() or {}
     for shard in shards:
-        _check_size(f"{folder / shard.info.name}", shard.info, sizes.get(shard.info.name))
+        check_size(f"{folder / shard.info.name}", shard.info, sizes.get(shard.info.name))
     facts = {
         "num_records": sum(shard.info.rows for shard in shards),
         "num_frames": sum(shard.num_frames for shard in shards),
@@ -345,7 +307,7 @@ def join_shards(
         "codebook": codebook,
         "tokenizer": tokenizer,
     }
-    _write_info(folder, "records", facts, [shard.info for shard in shards])
+    write_info(folder, "records", facts, [shard.info for shard in shards])
 
 
 def write_items(
@@ -358,7 +320,7 @@ def write_items(
 ) -> None:
     """Write story-completion items as a folder of one shard and its ``dataset.json``."""
     folder = Path(folder)
-    _clear(folder)
+    clear_folder(folder)
     rows = []
     for index, item in enumerate(items):
         _validate_item(item, num_units, f"{folder / shard_name(0)}, row {index}")
@@ -373,7 +335,7 @@ def write_items(
         )
     if not rows:
         raise UserError(f"{folder}: expected items to write, got none")
-    shard = _write_shard(folder, shard_name(0), pa.Table.from_pylist(rows, schema=_ITEM_SCHEMA))
+    shard = write_table(folder, shard_name(0), pa.Table.from_pylist(rows, schema=_ITEM_SCHEMA))
     counts = {
         "num_records": len(rows),
         "num_frames": 0,
@@ -385,7 +347,7 @@ def write_items(
             counts["num_frames"] += 0 if record.units is None else len(record.units)
             counts["num_characters"] += len(record.text or "")
     facts = {**counts, "codebook": codebook, "tokenizer": tokenizer}
-    _write_info(folder, "items", facts, [shard])
+    write_info(folder, "items", facts, [shard])
 
 
 def _record_row(record: Record) -> dict[str, Any]:
@@ -394,33 +356,6 @@ def _record_row(record: Record) -> dict[str, Any]:
         spans = getattr(record, name)
         row[name] = None if spans is None else [asdict(span) for span in spans]
     return row
-
-
-def shard_name(index: int) -> str:
-    """The file of a dataset's shard."""
-    return f"shard-{index:05d}.parquet"
-
-
-def _clear(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "dataset.json").unlink(missing_ok=True)  # first: without it nothing is a dataset
-    for path in folder.glob("shard-*.parquet*"):
-        path.unlink()
-
-
-def _write_shard(folder: Path, name: str, table: pa.Table) -> ShardInfo:
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
-    content = sink.getvalue()
-    write_atomically(folder / name, content)
-    return ShardInfo(name, table.num_rows, len(content), hashlib.sha256(content).hexdigest())
-
-
-def _write_info(folder: Path, kind: str, facts: dict[str, Any], shards: list[ShardInfo]) -> None:
-    hours = round(facts["num_frames"] / FRAMES_PER_SECOND / 3600, 4)  # for people; not read back
-    info = {"format": FORMAT, "kind": kind, **facts, "hours": hours}
-    info["shards"] = [asdict(shard) for shard in shards]
-    write_json(folder / "dataset.json", info)
 
 
 # Reading ------------------------------------------------------------------------------------------
@@ -464,7 +399,7 @@ class Dataset(Sequence[Record]):
                 texts made with other files than the caller's.
         """
         folder = Location(folder)
-        info, fingerprint = _read_info(folder, "records", codebook, tokenizer)
+        info, fingerprint = read_info(folder, "records", codebook, tokenizer)
         return cls(folder, info, fingerprint)
 
     @property
@@ -512,10 +447,10 @@ def read_items(
 ) -> list[StoryItem]:
     """Read what :func:`write_items` wrote; the same checks and errors as :meth:`Dataset.open`."""
     folder = Location(folder)
-    info, _ = _read_info(folder, "items", codebook, tokenizer)
+    info, _ = read_info(folder, "items", codebook, tokenizer)
     items = []
     for shard in info.shards:
-        for row, fields in enumerate(_read_table(folder, shard, _ITEM_SCHEMA).to_pylist()):
+        for row, fields in enumerate(read_table(folder, shard, _ITEM_SCHEMA).to_pylist()):
             item = StoryItem(
                 id=fields["id"],
                 task=fields["task"],
@@ -551,83 +486,6 @@ def _row_record(fields: dict[str, Any]) -> Record:
         speaker=fields["speaker"],
         source=fields["source"],
     )
-
-
-def _read_info(
-    folder: Location, kind: str, codebook: str | None, tokenizer: str | None
-) -> tuple[DatasetInfo, str]:
-    path = folder / "dataset.json"
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(
-            f"{folder}: expected a dataset folder, got no dataset.json in it "
-            "(its writer did not finish, or the path is another)"
-        ) from None
-    sizes = folder.sizes()
-    try:
-        facts = parse_json(content, str(path))
-        if (facts["format"], facts["kind"]) != (FORMAT, kind):
-            raise UserError(
-                f"{path}: expected {kind} in format {FORMAT}, "
-                f"got {facts['kind']} in format {facts['format']}"
-            )
-        known = {name: facts[name] for name in DatasetInfo.__dataclass_fields__}
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: expected a dataset's description, got {error!r}") from None
-    info = read_strictly(DatasetInfo, known, str(path))
-    shards = info.shards
-    _check_counts(info, str(path))
-    if info.num_records == 0 or sum(shard.rows for shard in shards) != info.num_records:
-        raise UserError(
-            f"{path}: expected records and shards that agree, got {info.num_records} records and "
-            f"{sum(shard.rows for shard in shards)} rows in {len(shards)} shards"
-        )
-    wanted = {"codebook": codebook, "tokenizer": tokenizer}
-    for name, expected in wanted.items():
-        got = getattr(info, name)
-        if None not in (expected, got) and expected != got:
-            raise UserError(f"{path}: expected data made with {name} {expected}, got {got}")
-    if sizes is not None:
-        for shard in shards:
-            _check_size(f"{folder / shard.name}", shard, sizes.get(shard.name))
-    return info, f"sha256:{hashlib.sha256(content).hexdigest()}"
-
-
-def _check_counts(info: DatasetInfo, where: str) -> None:
-    counts = [info.num_records, info.num_frames, info.num_characters, info.num_units]
-    counts += [count for shard in info.shards for count in (shard.rows, shard.bytes)]
-    for count in counts:
-        if count < 0:
-            raise UserError(f"{where}: expected counts, got {count}")
-
-
-def _check_size(where: str, shard: ShardInfo, size: int | None) -> None:
-    if size is None:
-        raise UserError(f"{where}: expected a shard of {shard.rows} records, got no file")
-    if size != shard.bytes:
-        raise UserError(f"{where}: expected {shard.bytes} bytes, got {size}")
-
-
-def _read_table(folder: Location, shard: ShardInfo, schema: pa.Schema) -> pa.Table:
-    path = folder / shard.name
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path}: expected a shard of {shard.rows} records, got no file") from None
-    _check_size(f"{path}", shard, len(content))
-    digest = hashlib.sha256(content).hexdigest()
-    if digest != shard.sha256:
-        raise UserError(f"{path}: expected content of SHA-256 {shard.sha256}, got {digest}")
-    # One thread: loader workers already take a core each, and forked threads do not survive.
-    # Nor pq.read_table: its pool of threads, where torch is loaded too, often aborts at exit.
-    table = pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False)
-    if table.num_rows != shard.rows or not table.schema.equals(schema):
-        raise UserError(
-            f"{path}: expected {shard.rows} rows of {schema.names}, "
-            f"got {table.num_rows} of {table.schema.names}"
-        )
-    return table.combine_chunks()
 
 
 @dataclass(frozen=True, slots=True)
@@ -679,7 +537,7 @@ class _Columns:
 
 
 def _read_columns(folder: Location, shard: ShardInfo, num_units: int) -> _Columns:
-    table = _read_table(folder, shard, _RECORD_SCHEMA)
+    table = read_table(folder, shard, _RECORD_SCHEMA)
     units, words, chars = (_Lists.of(table.column(name)) for name in ("units", "words", "chars"))
     columns = _Columns(
         table=table,

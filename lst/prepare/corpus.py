@@ -38,12 +38,11 @@ from lst.data.records import (
     Record,
     Span,
     Word,
-    WrittenShard,
     join_shards,
-    shard_name,
     validate_record,
     write_shard,
 )
+from lst.data.shards import WrittenShard, shard_name
 from lst.errors import UserError, expect_positive
 from lst.files import make_folder, write_atomically, write_json, writing
 from lst.prepare.authors import AUTHORS_CODEBOOK, AUTHORS_UNITS, authors_records
