@@ -80,6 +80,8 @@ def run_command(main: Callable[[], None]) -> None:
         if error.errno != errno.ENAMETOOLONG:  # which even asking whether a file is there raises
             raise
         message = f"{error.filename}: {error.strerror}"
+    except MemoryError as error:
+        message = f"there is not the memory for this ({error})"
     else:
         return
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)

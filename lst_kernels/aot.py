@@ -300,7 +300,9 @@ def main() -> int:
         parser.error(f"--family: expected the start of one of {families}; got {arguments.family!r}")
     print(f"{'kernel':46} warps registers stack  shared  tensor cores")
     failures = 0
-    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        min(arguments.jobs, len(chosen)), mp_context=get_context("spawn")
+    ) as pool:
         results = pool.map(compile_configuration, chosen, [arguments.target] * len(chosen))
         for configuration, compiled in zip(chosen, results, strict=True):
             found = faults(configuration, compiled, arguments.target)

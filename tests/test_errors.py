@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 
@@ -93,6 +94,15 @@ def test_a_name_that_is_too_long_for_a_file_is_the_users_mistake(capsys, tmp_pat
     said = capsys.readouterr().err
     assert said.startswith(f"error: {tmp_path}/xxx")
     assert said.endswith("xxx: File name too long\n")
+
+
+def test_more_than_the_memory_holds_is_one_line(capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda: np.zeros(2**62, np.int8).sum())
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: there is not the memory for this (Unable to allocate 4.00 EiB")
+    assert said.count("\n") == 1
 
 
 def test_what_no_user_caused_keeps_its_traceback():

@@ -70,7 +70,7 @@ class DemoConfig:
     tokenizer: Path | None = None  # one that there is, instead: a file, or a checkpoint's folder
     codes: int = 501  # of the speech codebook
     seed: int = 0
-    workers: int = 2  # processes that make speech
+    workers: int = 2  # processes that make speech; no more than there are processors
 
     def __post_init__(self) -> None:
         for name in ("questions", "validation"):
@@ -105,7 +105,7 @@ def prepare_demo(config: DemoConfig) -> Path:
         tokenizer = _make_tokenizer(config)
         codebook = _make_codebook(config)
         _make_text(config, tokenizer)
-        with _workers(config.workers) as pool:
+        with _workers(min(config.workers, os.cpu_count() or 1)) as pool:
             studio = _Studio(work, out / "codebook.safetensors", pool)
             _make_speech(config, codebook, studio)
             _make_validation(config, codebook, tokenizer, studio)

@@ -10,7 +10,7 @@ import shutil
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from lst.errors import UserError, expect_positive
+from lst.errors import UserError, expect_not_negative, expect_positive
 from lst.prepare.corpus import CorpusConfig, plan_corpus
 
 __all__ = ["ExecutorConfig", "SlurmConfig", "make_executor"]
@@ -28,6 +28,10 @@ class SlurmConfig:
     qos: str = "normal"
     setup: str = ""  # a shell command before the task, such as "source .venv/bin/activate"
 
+    def __post_init__(self) -> None:
+        expect_positive(self, "cpus_per_task", "mem_per_cpu_gb", within="slurm.")
+        expect_not_negative(self, "gpus_per_task", within="slurm.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExecutorConfig:
@@ -35,7 +39,7 @@ class ExecutorConfig:
 
     executor: Literal["none", "local", "slurm"] = "none"
     """This process alone (or one of --world-size), tasks on this machine, or a SLURM array."""
-    tasks: int = 1  # that the work is dealt out to
+    tasks: int = 1  # that the work is dealt out to; no more than there are shards
     workers: int = -1  # tasks at once; -1 for all of them
     slurm: SlurmConfig = SlurmConfig()
 
@@ -66,11 +70,12 @@ def make_executor(corpus: CorpusConfig, config: ExecutorConfig) -> Any:
         raise UserError("--slurm.partition: expected the partition to run on, got none")
     if config.executor == "slurm" and shutil.which("sbatch") is None:
         raise UserError("--executor slurm: expected SLURM's sbatch on this machine, got none")
-    plan_corpus(replace(corpus, device="cpu"))  # where tasks are submitted there may be no GPU
+    # Where tasks are submitted there may be no GPU.
+    tasks = min(config.tasks, plan_corpus(replace(corpus, device="cpu")).num_shards)
     common = {
         "pipeline": [PrepareShards(corpus)],
-        "tasks": config.tasks,
-        "workers": config.workers,
+        "tasks": tasks,
+        "workers": min(config.workers, tasks),
         "logging_dir": str(corpus.out.absolute() / "logs"),
         "skip_completed": False,
     }

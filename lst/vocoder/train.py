@@ -35,9 +35,9 @@ from torch import Tensor
 
 from lst.data.records import FRAMES_PER_SECOND
 from lst.errors import UserError, expect_positive
-from lst.files import fsync, write_json, writing
+from lst.files import fsync, make_folder, write_json, writing
 from lst.machine import find_device
-from lst.prepare.sources import Sources, source_kind
+from lst.prepare.sources import Sources, list_inputs, source_kind
 from lst.speech.audio import write_wav
 from lst.speech.units import UnitEncoder, UnitsConfig, load_units
 from lst.strict_json import read_json, read_strictly
@@ -148,11 +148,12 @@ def train_vocoder(config: TrainVocoderConfig) -> str:
             damaged files.
     """
     find_device(config.device)
+    encoder = load_units(config.units)
     lock = RunLock()
     _claim(config)
     lock.take(config.out)
     try:
-        run = _Run.of(config)
+        run = _Run.of(config, encoder)
         with catch_signals() as interrupt, ThreadPoolExecutor(1) as reader:
             upcoming = reader.submit(run.draw, run.step + 1)
             while run.step < config.steps and not interrupt:
@@ -184,7 +185,8 @@ def _claim(config: TrainVocoderConfig) -> None:
                 raise UserError(
                     f"--out {config.out}: expected an empty or absent folder, got files"
                 )
-            config.out.mkdir(parents=True, exist_ok=True)
+        next(iter(list_inputs(config)), None)  # told before the folder is made that it is none
+        make_folder(config.out)
         write_json(path, settings)
         return
     before = read_json(path)
@@ -241,9 +243,8 @@ class _Run:
         self._began = time.monotonic()
 
     @classmethod
-    def of(cls, config: TrainVocoderConfig) -> "_Run":
+    def of(cls, config: TrainVocoderConfig, encoder: UnitEncoder) -> "_Run":
         """From the last checkpoint, or from the start."""
-        encoder = load_units(config.units)
         known = read_clips(config.out)
         clips = _make_clips(config, encoder) if known is None else known
         speakers = _speakers(config, clips)

@@ -621,6 +621,7 @@ def test_datatrove_submits_a_slurm_array_whose_tasks_make_the_dataset(config, ma
 BAD_EXECUTORS = [
     ({"executor": "slurm"}, {}, "--slurm.partition: expected the partition to run on, got none"),
     ({"executor": "local", "tasks": 0}, {}, "--tasks: expected 1 or more, got 0"),
+    ({"executor": "local", "tasks": 2**63}, {}, "--tasks: expected 1 or more, below 2.63"),
     ({"executor": "local", "workers": 0}, {}, "--workers: expected 1 or more, or -1 for all, got"),
     ({"executor": "local"}, {"world_size": 2}, "--world-size: expected no ranks beside --executor"),
 ]
@@ -659,3 +660,19 @@ def test_a_source_of_nothing_leaves_no_folder(tmp_path):
     with pytest.raises(UserError, match="expected text files"):
         prepare_corpus(CorpusConfig(text=(tmp_path / "empty",), out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["cpus_per_task", "mem_per_cpu_gb", "gpus_per_task"])
+def test_slurm_is_asked_for_no_less_than_nothing(name):
+    option = f"--slurm.{name.replace('_', '-')}"
+    with pytest.raises(UserError, match=f"{option}: expected . or more, got -1"):
+        SlurmConfig(**{name: -1})
+
+
+def test_more_tasks_than_shards_are_not_started(tmp_path):
+    pytest.importorskip("datatrove")
+    (tmp_path / "a.txt").write_text("one line\n")
+    corpus = CorpusConfig(text=(tmp_path / "a.txt",), out=tmp_path / "out")
+    many = ExecutorConfig(executor="local", tasks=2**62, workers=2**62)
+    executor = make_executor(corpus, many)
+    assert (executor.tasks, executor.workers) == (1, 1)

@@ -143,11 +143,12 @@ def test_the_last_two_checkpoints_are_kept(recordings, tmp_path):
 
 
 def test_a_held_out_recording_is_never_learnt_from(recordings, tmp_path):
+    from lst.speech.units import load_units
     from lst.vocoder.train import _Run
 
     config = configured(recordings, tmp_path, held_out=2)
     tmp_path.mkdir(exist_ok=True)
-    run = _Run.of(config)
+    run = _Run.of(config, load_units(config.units))
     held_out = {clip.utterance.audio for clip in run._held_out}
     learnt = {clip.utterance.audio for clip in run._clips}
     assert (len(held_out), len(learnt)) == (2, 4)
@@ -418,3 +419,18 @@ def test_durations_that_are_cut_off_at_a_stretch_s_ends_do_not_count():
     assert duration_loss(made, units).item() == pytest.approx(0, abs=1e-12)
     units = torch.tensor([[1, 2, 2, 2, 2, 2, 2, 2, 3]])
     assert duration_loss(made, units).item() == pytest.approx(np.log(2) ** 2, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"manifest": (), "folder": Path("none")}, "--folder none: expected a folder, got none"),
+        ({"codebook": Path("none")}, "none: no codebook could be read here"),
+    ],
+)
+def test_a_source_and_a_codebook_that_are_none_leave_no_folder(
+    recordings, tmp_path, values, message
+):
+    with pytest.raises(UserError, match=message):
+        train_vocoder(configured(recordings, tmp_path / "run", **values))
+    assert not (tmp_path / "run").exists()
