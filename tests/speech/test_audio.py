@@ -123,24 +123,32 @@ def test_a_large_wav_cut_short_is_refused(tmp_path):
         read_audio(path)
 
 
-def test_a_flac_file_that_does_not_say_how_long_it_is_is_refused(tmp_path):
-    path = tmp_path / "a.flac"
+def write_altered(path, alter):
+    """A second of noise, whose file ``alter`` changes in place."""
     soundfile.write(path, noise(16_000), 16_000)
     content = bytearray(path.read_bytes())
-    content[21] &= 0xF0  # 36 bits of STREAMINFO
-    content[22:26] = bytes(4)
+    alter(content)
     path.write_bytes(content)
+
+
+def test_a_flac_file_that_does_not_say_how_long_it_is_is_refused(tmp_path):
+    def forget(content):
+        content[21] &= 0xF0  # 36 bits of STREAMINFO
+        content[22:26] = bytes(4)
+
+    path = tmp_path / "a.flac"
+    write_altered(path, forget)
     with pytest.raises(AudioError, match=r"a\.flac: its header does not say how long it is"):
         read_audio(path)
 
 
 def test_a_file_written_to_a_pipe_has_no_length_in_its_header_and_is_read(tmp_path):
+    def forget(content):
+        at = content.index(b"data") + 4
+        content[at : at + 4] = b"\xff\xff\xff\xff"
+
     path = tmp_path / "a.wav"
-    soundfile.write(path, noise(16_000), 16_000)
-    content = bytearray(path.read_bytes())
-    at = content.index(b"data") + 4
-    content[at : at + 4] = b"\xff\xff\xff\xff"
-    path.write_bytes(content)
+    write_altered(path, forget)
     assert len(read_audio(path)) == 16_000
 
 
