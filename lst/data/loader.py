@@ -33,6 +33,9 @@ from lst.vocabulary import Tokenizer, Vocabulary
 __all__ = ["DataConfig", "TrainLoader", "validation_batches"]
 
 
+MOST_ROWS = 2**20  # each takes memory before the first step
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What is trained on, and in what portions."""
@@ -67,6 +70,12 @@ class DataConfig:
             raise UserError(
                 f"--data.units-per-sequence: expected {MIN_ROOM + 1} or more (a document that is "
                 f"split costs two, the dead tail one), got {self.units_per_sequence}"
+            )
+
+        if self.rows > MOST_ROWS or self.rows * self.units_per_sequence >= 2**31:
+            raise UserError(
+                f"--data.rows, --data.units-per-sequence: expected at most {MOST_ROWS:,} rows, and "
+                f"fewer than 2^31 units in all, got {self.rows} × {self.units_per_sequence}"
             )
 
     @property

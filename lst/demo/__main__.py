@@ -95,6 +95,12 @@ def _voice(config: DemoConfig, trained: Pretrained) -> LogMelKMeans | UnitVoice 
 
 def serve(config: DemoConfig) -> None:
     """Until the process is interrupted or told to end."""
+    try:
+        socket.getaddrinfo(config.host, None)
+    except (OSError, UnicodeError):
+        raise UserError(
+            f"--host: expected an address of this machine, got {config.host!r}"
+        ) from None
     with tempfile.TemporaryDirectory(prefix="lst-demo-") as folder:
         # Uploads and sounds go here, and go with it; Gradio reads this where it is imported.
         os.environ["GRADIO_TEMP_DIR"] = folder

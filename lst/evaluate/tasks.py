@@ -90,8 +90,9 @@ class EvaluateConfig:
             raise UserError(f"--task: expected one of {', '.join(TASKS)}, got {self.task!r}")
         if self.modes is not None and not self.modes:
             raise UserError("--modes: expected one or more, got none")
-        if self.json is not None and (self.json.is_dir() or not self.json.parent.is_dir()):
-            raise UserError(f"--json {self.json}: expected a file to write, in a folder there is")
+        out = self.json
+        if out is not None and ((out.exists() and not out.is_file()) or not out.parent.is_dir()):
+            raise UserError(f"--json {out}: expected a file to write, in a folder there is")
         expect_positive(self, "tokens_per_batch")
         expect_not_negative(self, "boundary_noise_ms", "temperature")
 

@@ -208,7 +208,7 @@ def _speak(text: str, voice: Voice) -> tuple[np.ndarray, list[_Event]]:
     with _ONE_AT_A_TIME, _library() as library:
         callback = _Callback(receive)
         library.espeak_SetSynthCallback(callback)
-        if library.espeak_SetVoiceByName(voice.espeak.encode()) != 0:
+        if library.espeak_SetVoiceByName(voice.espeak.encode(errors="replace")) != 0:
             raise UserError(f"voice {voice.name}: espeak-ng knows no voice {voice.espeak!r}")
         library.espeak_SetParameter(_RATE, voice.speed, 0)
         library.espeak_SetParameter(_PITCH, voice.pitch, 0)

@@ -257,6 +257,11 @@ def test_a_token_level_model_has_every_token_as_a_unit(make_loader):
 BAD_CONFIGS = {
     "rows": ({"rows": 0}, "--data.rows: expected 1 or more, got 0"),
     "units": ({"units_per_sequence": 3}, "--data.units-per-sequence: expected 4 or more .* got 3"),
+    "all rows": ({"rows": 2**31}, r"--data.rows, .*: expected at most 1,048,576 rows, .* got 2147"),
+    "all units": (
+        {"units_per_sequence": 2**31},
+        r"fewer than 2\^31 units in all, got 4 × 21474836",
+    ),
     "mixture": ({"mixture": {}}, "expected a mixture of at least one dataset"),
     "weight": ({"mixture": {"text": 0.0}}, "expected a weight above 0 for 'text', got 0.0"),
     "negative": ({"mixture": {"text": -1.0}}, "expected a weight above 0 for 'text', got -1.0"),

@@ -48,3 +48,9 @@ def test_a_port_that_is_taken_is_said(make_trained, tmp_path):
         config = DemoConfig(checkpoint=str(tmp_path / "tiny"), port=port)
         with pytest.raises(UserError, match=f"address that is free here, got 127.0.0.1:{port}"):
             serve(config)
+
+
+@pytest.mark.parametrize("host", ["\udcff", "x" * 70, "256.0.0.1.x"])
+def test_a_host_that_is_no_address_is_said_before_the_model_is_read(host):
+    with pytest.raises(UserError, match="--host: expected an address of this machine, got"):
+        serve(DemoConfig(checkpoint="none", host=host))

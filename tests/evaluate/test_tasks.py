@@ -3,6 +3,7 @@ goes on where it was, and what cannot be asked is told in a line."""
 
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -375,8 +376,11 @@ def test_options_that_are_wrong(run: Run, options: list[str], message: str) -> N
         run(*options)
 
 
-def test_a_folder_in_the_place_of_the_result_is_refused_before_anything_is_scored(run: Run) -> None:
-    for out in (".", "none/result.json"):
+def test_what_is_no_place_for_the_result_is_refused_before_anything_is_scored(
+    run: Run, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for out in (".", "none/result.json", "pipe"):
         with pytest.raises(UserError, match=r"--json .*: expected a file to write, in a folder th"):
             run(out=out)
 

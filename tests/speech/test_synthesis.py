@@ -105,6 +105,7 @@ def test_phones_lie_inside_words() -> None:
         ("one - two", TRAINING_VOICES[0], "does not pronounce '-'"),
         ("  ", TRAINING_VOICES[0], "expected a text with words to speak, got '  '"),
         ("one", Voice(name="nobody", espeak="xx-yy"), "espeak-ng knows no voice 'xx-yy'"),
+        ("one", Voice(name="nobody", espeak="\udcff"), r"espeak-ng knows no voice '\udcff'"),
     ],
 )
 def test_what_cannot_be_spoken_is_named(text: str, voice: Voice, message: str) -> None:
