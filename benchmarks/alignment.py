@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from lst.data.records import FRAMES_PER_SECOND, Dataset
-from lst.errors import UserError, run_command
+from lst.errors import UserError, expect_positive, run_command
 from lst.files import make_folder, write_json
 from lst.machine import describe_machine, file_stem
 from lst.speech.alignment import CTCAligner
@@ -274,6 +274,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=90, help="of the corpus to train on")
     parser.add_argument("--steps", type=int, default=2000)
     options = parser.parse_args()
+    expect_positive(options, "minutes", "steps")
     make_folder(options.out)
     about = describe_machine()
     if not (options.corpus / "corpus.json").is_file():

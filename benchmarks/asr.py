@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from lst.data.records import FRAMES_PER_SECOND, Dataset, Record, RecordWriter, Word
-from lst.errors import UserError, run_command
+from lst.errors import UserError, expect_positive, run_command
 from lst.evaluate.error_rate import error_rates, normaliser
 from lst.evaluate.speech_to_text import generator_of, open_records, transcribe
 from lst.files import Location, make_folder, write_json
@@ -148,6 +148,7 @@ def main() -> None:
     parser.add_argument("--utterances", type=int, default=160, help="of each set, evenly spread")
     parser.add_argument("--from-scratch", action="store_true")
     options = parser.parse_args()
+    expect_positive(options, "steps", "lr", "utterances")
     if any(step % options.steps[0] for step in options.steps):
         raise UserError(f"--steps: expected multiples of the first, got {options.steps}")
     make_folder(options.out)

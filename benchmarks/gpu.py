@@ -69,7 +69,7 @@ from benchmarks.gpu_peers import (
     sdpa_peer,
     varlen_peer,
 )
-from lst.errors import UserError, run_command
+from lst.errors import UserError, expect_positive, run_command
 from lst.files import make_folder
 from lst.machine import describe_machine, file_stem
 from lst_kernels import (
@@ -444,6 +444,7 @@ def main() -> None:
     parser.add_argument("--no-model", action="store_true", help="leave training steps out")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for all of it")
     options = parser.parse_args()
+    expect_positive(options, "minutes")
     if not torch.cuda.is_available():
         raise UserError("this measures a GPU, and torch sees none")
     device = torch.device("cuda", torch.cuda.current_device())

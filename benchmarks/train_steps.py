@@ -39,7 +39,7 @@ from benchmarks.mix import MIX, PAPER, SPEECH_ONLY, documents, random_batch
 from lst.data.batch import Batch, pack_documents
 from lst.data.patching import NoPatching, Static, Strategy
 from lst.data.records import FRAMES_PER_SECOND
-from lst.errors import UserError, run_command
+from lst.errors import UserError, expect_positive, run_command
 from lst.files import make_folder, write_json
 from lst.flops import batch_counts, training_flops
 from lst.machine import describe_machine, file_stem
@@ -278,6 +278,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--eager", action="store_true", help="do not compile")
     options = parser.parse_args()
+    expect_positive(options, "steps")
     if not torch.cuda.is_available():
         raise UserError("this measures a GPU, and torch sees none")
     device = torch.device("cuda")

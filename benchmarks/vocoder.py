@@ -29,7 +29,7 @@ import numpy as np
 
 from benchmarks.alignment import CHARACTERS, VOCABULARY, Utterance, spoken
 from lst.data.records import FRAMES_PER_SECOND
-from lst.errors import UserError, run_command
+from lst.errors import UserError, expect_positive, run_command
 from lst.files import make_folder, write_json
 from lst.machine import describe_machine, file_stem
 from lst.speech.alignment import CTCAligner
@@ -180,6 +180,7 @@ def main() -> None:
     parser.add_argument("--aligner", type=Path, default=Path("runs/aligner"))
     parser.add_argument("--stories", type=int, default=32, help="of each held-out part")
     options = parser.parse_args()
+    expect_positive(options, "minutes", "steps", "stories")
     make_folder(options.out)
     about = describe_machine()
     for needed, made_by in (

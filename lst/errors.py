@@ -25,7 +25,7 @@ def expect_option(holds: bool, name: str, expected: str, got: object) -> None:
 
 def expect_positive(options: object, *names: str, within: str = "") -> None:
     """Raise UserError unless each of these fields is a finite number above 0, and a whole one of 64
-    bits. None passes; of a tuple each number is looked at.
+    bits. None passes; of several numbers each is looked at.
 
     Args:
         within: what the options' names begin with, such as ``"optimizer."``.
@@ -41,10 +41,19 @@ def expect_not_negative(options: object, *names: str, within: str = "") -> None:
         _expect_number(value >= 0, within + name, "0 or more", value)
 
 
+def expect_text(options: object, *names: str) -> None:
+    """Raise UserError unless what these fields hold is text, as Parquet, torch and safetensors must
+    have it; the name of a file on disk may be none."""
+    for name in names:
+        value = str(getattr(options, name))
+        is_text = value.encode(errors="replace") == value.encode(errors="surrogatepass")
+        expect_option(is_text, name, "a name in UTF-8", ascii(value))
+
+
 def _numbers(options: object, names: tuple[str, ...]) -> Iterator[tuple[str, int | float]]:
     for name in names:
         value = getattr(options, name)
-        for each in value if isinstance(value, tuple) else (value,):
+        for each in value if isinstance(value, tuple | list) else (value,):
             if each is not None:
                 yield name, each
 

@@ -1,6 +1,7 @@
 """What a user can cause is one line; devices and numbers are checked where they are named."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from lst.errors import (
     expect_not_negative,
     expect_option,
     expect_positive,
+    expect_text,
     run_command,
     tell,
 )
@@ -47,6 +49,20 @@ def test_a_number_below_zero_or_none_is_named_by_its_option(value):
     expect_not_negative(Options(minutes=0.0, batch_size=0), "minutes", "batch_size")
     with pytest.raises(UserError, match=rf"^--a\.minutes: expected 0 or more, got {value}$"):
         expect_not_negative(Options(minutes=value), "minutes", within="a.")
+
+
+@dataclass
+class Named:
+    out: Path
+    name: str | None = None
+
+
+def test_a_name_that_is_no_text_is_shown_in_ascii():
+    expect_text(Named(out=Path("é\n"), name="a b"), "out", "name")
+    expect_text(Named(out=Path()), "out", "name")
+    with pytest.raises(UserError) as caught:
+        expect_text(Named(out=Path("a/\udcff")), "name", "out")
+    assert str(caught.value) == "--out: expected a name in UTF-8, got 'a/\\udcff'"
 
 
 def test_what_is_expected_passes_in_silence():

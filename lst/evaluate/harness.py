@@ -22,7 +22,7 @@ import torch
 from lst.data.batch import pack_documents
 from lst.data.interleave import Document
 from lst.data.patching import final_strategy
-from lst.errors import UserError, run_command
+from lst.errors import UserError, expect_option, run_command
 from lst.generate import Generator, Sampling
 from lst.generate.passes import NOTHING_ALIGNED
 from lst.train.checkpoint import load_trained
@@ -78,6 +78,9 @@ class HarnessModel(TemplateLM):
         max_batch_size: int | None = None,
     ) -> None:
         super().__init__()
+        for name, value in (("max_length", max_length), ("tokens_per_batch", tokens_per_batch)):
+            whole = value is None or (isinstance(value, int) and value > 0)
+            expect_option(whole, f"model_args.{name}", "1 or more", value)
         if device.startswith("cuda") and not torch.cuda.is_available():
             device = "cpu"
         self.trained = load_trained(str(checkpoint), device)

@@ -43,7 +43,7 @@ from lst.data.records import (
     write_shard,
 )
 from lst.data.shards import WrittenShard, shard_name
-from lst.errors import UserError, expect_positive
+from lst.errors import UserError, expect_positive, expect_text
 from lst.files import make_folder, write_atomically, write_json, writing
 from lst.prepare.authors import AUTHORS_CODEBOOK, AUTHORS_UNITS, authors_records
 from lst.prepare.outcomes import Outcome, Skipped
@@ -111,9 +111,7 @@ class CorpusConfig(Sources):
         if self.codebook is None and (self.hubert or self.layer is not None or self.aligner):
             raise UserError(f"--{kind}: its records need no --hubert, --layer or --aligner")
         _ = self.units  # checks that its options go together
-        source = _source(self)
-        if not source.isprintable():
-            raise UserError(f"--source: expected a name that can be printed, got {source!r}")
+        expect_text(self, "out", "source")
 
     @property
     def units(self) -> UnitsConfig | None:

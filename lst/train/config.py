@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lst.data.loader import DataConfig
-from lst.errors import UserError, expect_not_negative, expect_option, expect_positive
+from lst.errors import (
+    UserError,
+    expect_not_negative,
+    expect_option,
+    expect_positive,
+    expect_text,
+)
 from lst.model import ModelConfig
 from lst.strict_json import YOUNGER, read_json, read_strictly
 
@@ -105,6 +111,7 @@ class TrainConfig:
         intervals = ("validate_every", "checkpoint_every", "log_every")
         expect_positive(self, *counts, *intervals, "peak_tflops")
         expect_not_negative(self, "hang_timeout", "seed")
+        expect_text(self, "name", "out", "wandb")
         if self.init_from is not None and self.warm_start is not None:
             raise UserError("--init-from: expected it or --warm-start, got both")
 

@@ -225,3 +225,10 @@ def test_without_lm_eval_the_command_ends_in_one_line():
     assert done.stderr == (
         "error: the harness needs lm-eval, which is not installed: pip install 'lst[eval]'\n"
     )
+
+
+@pytest.mark.parametrize("option", ["max_length", "tokens_per_batch"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, "many"])
+def test_a_size_that_is_no_number_above_zero_is_refused(option: str, value: object) -> None:
+    with pytest.raises(UserError, match=f"{option.replace('_', '-')}: expected 1 or more, got"):
+        HarnessModel("none", **{option: value})

@@ -651,7 +651,7 @@ def test_without_datatrove_an_executor_names_the_extra(config, monkeypatch):
 
 
 def test_a_name_of_a_source_that_is_no_text_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"--source: expected a name that can be printed, got"):
+    with pytest.raises(UserError, match=r"--source: expected a name in UTF-8, got '\\udcff'"):
         CorpusConfig(text=(tmp_path,), out=tmp_path / "out", source="\udcff")
 
 
