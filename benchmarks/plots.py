@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.result_file import Result
+from benchmarks.result_file import Result, reading
 from lst.errors import UserError
 from lst.files import make_folder
 from lst.machine import device_stem
@@ -48,8 +48,9 @@ def draw(results: Sequence[Result], folder: Path) -> list[Path]:
                 if result.question != question:
                     continue
                 path = folder / f"{name}-{device_stem(result.machine)}.svg"
-                if _DRAWERS[name](result, path):
-                    drawn.append(path)
+                with reading(result.path):
+                    if _DRAWERS[name](result, path):
+                        drawn.append(path)
     return drawn
 
 

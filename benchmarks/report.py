@@ -7,17 +7,17 @@ Of each question and device the newest file counts. The same files give the same
 """
 
 import argparse
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.plots import PICTURES, draw
-from benchmarks.result_file import Result, Row
+from benchmarks.result_file import Result, Row, reading
 from lst.errors import UserError, run_command
 from lst.files import make_folder, write_atomically
 from lst.machine import device_stem
+from lst.strict_json import read_json
 
 
 def read_results(folder: Path) -> list[Result]:
@@ -28,18 +28,18 @@ def read_results(folder: Path) -> list[Result]:
     """
     newest: dict[tuple[str, str], Result] = {}
     for path in sorted(folder.glob("*.json")):
-        try:
-            content = json.loads(path.read_text())
+        content = read_json(path)
+        with reading(path):
             about = content["machine"]
-            wanted = ("device", "torch", "python", "libraries", "commit", "date")
-            key = [about[name] for name in wanted]
-        except (ValueError, KeyError, TypeError) as error:
-            got = f"{type(error).__name__}: {error}"
-            raise UserError(f"{path}: expected a result file of benchmarks/, got {got}") from None
-        result = Result(path=path, question=_question(path, content), content=content)
-        before = newest.get((result.question, key[0]))
+            named = [about[name] for name in ("device", "torch", "python", "commit", "date")]
+            question = _question(path, content)
+            if not all(isinstance(each, str) for each in (question, *named)):
+                raise ValueError(f"expected texts for the question and the machine, got {named}")
+            dict(about["libraries"])
+        result = Result(path=path, question=question, content=content)
+        before = newest.get((question, about["device"]))
         if before is None or before.machine["date"] <= about["date"]:
-            newest[result.question, key[0]] = result
+            newest[question, about["device"]] = result
     if not newest:
         raise UserError(f"{folder}: expected result files (*.json), got none")
     order = list(SECTIONS)
@@ -90,10 +90,11 @@ def render(results: Sequence[Result], out: Path, pictures: Sequence[Path]) -> st
         blocks.append(f"## {title}\n")
         for result in own:
             link = Path(os.path.relpath(result.path, out.parent)).as_posix()
-            blocks.append(f"*{result.source()}* ([file]({link}))\n")
-            for name, why in result.content.get("failed", {}).items():
-                blocks.append(f"**`{name}` failed, and has no figures:** {why}\n")
-            blocks.extend(f"{block}\n" for block in body(result))
+            with reading(result.path):
+                blocks.append(f"*{result.source()}* ([file]({link}))\n")
+                for name, why in result.content.get("failed", {}).items():
+                    blocks.append(f"**`{name}` failed, and has no figures:** {why}\n")
+                blocks.extend(f"{block}\n" for block in body(result))
             for picture in pictures:
                 kind = picture.stem.removesuffix(f"-{device_stem(result.machine)}")
                 if PICTURES.get(kind, ("", ""))[0] == question and kind != picture.stem:

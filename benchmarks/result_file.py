@@ -1,10 +1,24 @@
 """A file of `benchmarks/results`: what was asked, on which machine, and what came out."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lst.errors import UserError
+
 Row = dict[str, Any]
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What is found out of a file where its figures are used becomes a UserError that names it."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        got = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}: expected a result file of benchmarks/, got {got}") from None
 
 
 @dataclass(frozen=True, kw_only=True)

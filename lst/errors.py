@@ -12,9 +12,17 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import TextIO
 
+LONGEST = 200  # characters of a message of another library
+
 
 class UserError(Exception):
     """A mistake the user can mend. The message is one line: what, where, expected, got."""
+
+
+def brief(error: BaseException) -> str:
+    """What another library says is wrong, in a line that is not too long."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} …"
 
 
 def expect_option(holds: bool, name: str, expected: str, got: object) -> None:

@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar
 from lst.errors import UserError
 from lst.files import reason
 
-__all__ = ["YOUNGER", "parse_json", "read_json", "read_json_lines", "read_strictly"]
+__all__ = ["YOUNGER", "expect_text", "parse_json", "read_json", "read_json_lines", "read_strictly"]
 
 T = TypeVar("T")
 YOUNGER = {"younger": True}  # metadata of a field
@@ -54,6 +54,16 @@ def parse_json(content: bytes | str, where: str) -> Any:
     except RecursionError:
         why = "lists or objects within each other, too many of them"
     raise UserError(f"{where}: expected JSON, got {why}")
+
+
+def expect_text(text: str, where: str) -> None:
+    """Raise UserError of half a surrogate pair, which JSON can write and is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where}: expected text, got half a surrogate pair at character {error.start + 1}"
+        ) from None
 
 
 def read_strictly(kind: type[T], values: Any, where: str) -> T:

@@ -58,6 +58,11 @@ class Score:
     high: float
     chance: float  # mean of 1 / number of endings
 
+    def __post_init__(self) -> None:
+        shares = (self.accuracy, self.low, self.high, self.chance)
+        if self.num_items < 1 or not all(0 <= share <= 1 for share in shares):
+            raise ValueError(f"expected shares of one item or more, got {self}")
+
 
 @dataclass(frozen=True, slots=True)
 class Likelihood:

@@ -58,7 +58,12 @@ def read_requests(path: Path, sampling: Sampling, listen: LISTEN) -> list[Reques
         if not isinstance(values, dict):
             got = json.dumps(values)[:40]
             raise UserError(f"{where}: expected an object with a prompt, got {got}")
-        name = str(values.pop("id", number))
+        name = values.pop("id", number)
+        if not isinstance(name, str | int):
+            raise UserError(
+                f"{where}: expected id to be a text or a number, got {json.dumps(name)}"
+            )
+        name = str(name)
         if name in requests:
             raise UserError(f"{where}: expected an id of its own, got {name!r} again")
         if "prompt" not in values:

@@ -27,7 +27,7 @@ So a text document, ``<bos> pieces <eos>``, gets the checkpoint's logits over th
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from torch import Tensor
 
 from lst.errors import UserError
 from lst.model.config import ModelConfig, RopeScaling, StackConfig
-from lst.strict_json import read_json
+from lst.strict_json import read_json, read_strictly
 from lst.vocabulary import BOS, EOS, Vocabulary
 
 __all__ = ["from_llama", "llama_config", "llama_weights", "read_llama_config"]
@@ -89,22 +89,29 @@ def from_llama(config: ModelConfig, folder: Path) -> ModelConfig:
         if type(first) is not int or not 0 <= first < value("vocab_size", int):
             raise UserError(f"{path}: expected {name} to be an id of the vocabulary, got {ids!r}")
         ends.append(first)
-    return replace(
-        config,
-        text_path="global",
-        global_transformer=StackConfig(
-            layers=value("num_hidden_layers", int),
-            dim=dim,
-            heads=heads,
-            kv_heads=value("num_key_value_heads", int, heads),
-            hidden=value("intermediate_size", int),
-        ),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        norm_eps=value("rms_norm_eps", float, 1e-6),
-        tied=value("tie_word_embeddings", bool, False),
-        special_pieces=(ends[0], ends[1]),
-    )
+    sizes = {
+        "layers": value("num_hidden_layers", int),
+        "dim": dim,
+        "heads": heads,
+        "kv_heads": value("num_key_value_heads", int, heads),
+        "hidden": value("intermediate_size", int),
+    }
+    rest = {
+        "norm_eps": value("rms_norm_eps", float, 1e-6),
+        "tied": value("tie_word_embeddings", bool, False),
+    }
+    try:
+        return replace(
+            config,
+            text_path="global",
+            global_transformer=StackConfig(**sizes),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            special_pieces=(ends[0], ends[1]),
+            **rest,
+        )
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def read_llama_config(folder: Path) -> dict[str, Any]:
@@ -120,6 +127,8 @@ def read_llama_config(folder: Path) -> dict[str, Any]:
 def _rope(values: dict[str, Any], path: Path) -> tuple[float, RopeScaling]:
     """θ and scaling, which are one entry since transformers 5 and were two before."""
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{path}: expected rotary scaling to be an object, got {rope!r}")
     theta = rope.get("rope_theta") or values.get("rope_theta") or 1e4
     turned = rope.get("partial_rotary_factor") or values.get("partial_rotary_factor") or 1
     if turned != 1:
@@ -138,7 +147,7 @@ def _rope(values: dict[str, Any], path: Path) -> tuple[float, RopeScaling]:
                 high=float(rope["high_freq_factor"]),
                 original_length=int(rope["original_max_position_embeddings"]),
             )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, UserError) as error:
         raise UserError(f"{path}: expected rotary scaling {kind!r}, got {rope} ({error})") from None
     raise UserError(f"{path}: expected rotary scaling default, linear or llama3, got {kind!r}")
 
@@ -208,13 +217,18 @@ def _names(config: ModelConfig) -> dict[str, list[str]]:
     return names
 
 
+@dataclass(frozen=True)
+class _Index:
+    """What is read of ``model.safetensors.index.json``."""
+
+    weight_map: dict[str, str]  # the file of each weight
+
+
 def _files(folder: Path) -> dict[str, str]:
     """The file of each weight."""
     if (folder / INDEX).exists():
         index = _read_json(folder / INDEX).get("weight_map")
-        if not isinstance(index, dict):
-            raise UserError(f"{folder / INDEX}: expected a weight_map, got {index!r}")
-        return index
+        return read_strictly(_Index, {"weight_map": index}, str(folder / INDEX)).weight_map
     with _open(folder / WEIGHTS) as file:
         return dict.fromkeys(file.keys(), WEIGHTS)
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from lst.data.records import Span, Word
-from lst.errors import UserError
+from lst.errors import UserError, brief
 from lst.machine import find_device
 from lst.speech.audio import SAMPLE_RATE, Timed
 from lst.speech.ctc import best_paths, frames_needed
@@ -107,9 +107,9 @@ class CTCAligner:
 
         try:
             tokenizer: Any = Wav2Vec2CTCTokenizer.from_pretrained(name)
-        except (OSError, ValueError, TypeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"{name}: no CTC tokenizer could be read here ({reason})") from None
+        except Exception as error:  # of transformers, and of whatever it reads a file by
+            why = brief(error)
+            raise UserError(f"{name}: no CTC tokenizer could be read here ({why})") from None
         ids = tokenizer.get_vocab()
         blank, delimiter = model.config.pad_token_id, tokenizer.word_delimiter_token
         if tokenizer.pad_token_id != blank:
@@ -123,11 +123,12 @@ class CTCAligner:
             if len(token) == 1 and token != delimiter and number != blank
         }
         size = model.config.vocab_size
-        if max(vocabulary.values(), default=0) >= size:
-            raise UserError(
-                f"{name}: expected the ids of characters below the model's {size}, "
-                f"got {max(vocabulary.values())}"
-            )
+        for token, number in (vocabulary | {"the delimiter": ids.get(delimiter, 0)}).items():
+            if type(number) is not int or number < 0 or (number >= size and token in vocabulary):
+                raise UserError(
+                    f"{name}: expected the ids of characters below the model's {size}, "
+                    f"got {number!r} of {token}"
+                )
         if not vocabulary:
             raise UserError(f"{name}: expected a vocabulary of characters, got none")
         return cls(

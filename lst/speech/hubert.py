@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lst.data.records import FRAMES_PER_SECOND
-from lst.errors import UserError
+from lst.errors import UserError, brief
 from lst.machine import find_device
 from lst.speech.audio import SAMPLE_RATE
 from lst.speech.units import CONTEXT, STRETCH, in_stretches
@@ -153,7 +153,7 @@ def _open(name: str, layer: int) -> FrameModel:
     if model.stride * FRAMES_PER_SECOND != SAMPLE_RATE:
         raise UserError(
             f"{name}: expected {FRAMES_PER_SECOND} frames a second, "
-            f"got {SAMPLE_RATE / model.stride:g} (a stride of {model.stride} samples)"
+            f"got {SAMPLE_RATE / max(1, model.stride):g} (a stride of {model.stride} samples)"
         )
     return model
 
@@ -220,7 +220,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
     except Exception as error:  # NumPy's own, and those of zip files and what packs them
-        raise UserError(f"{path}: no npz file could be read here ({error})") from None
+        raise UserError(f"{path}: no npz file could be read here ({brief(error)})") from None
 
 
 def _unpickle(path: Path) -> np.ndarray:

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lst.errors import UserError
+from lst.errors import UserError, brief
 from lst.speech.audio import SAMPLE_RATE
 
 __all__ = ["FrameModel", "load_pretrained"]
@@ -68,9 +68,10 @@ def load_pretrained(name: str, kind: str, class_name: str) -> tuple[Any, bool]:
         model, report = getattr(transformers, class_name).from_pretrained(
             name, config=config, dtype=torch.float32, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{name}: no {kind} model could be read here ({reason})") from None
+    except UserError:
+        raise
+    except Exception as error:  # of transformers, and of whatever it reads a file by
+        raise UserError(f"{name}: no {kind} model could be read here ({brief(error)})") from None
     # The mask that pretraining puts over frames is no part of what is computed here.
     absent = sorted(key for key in report["missing_keys"] if not key.endswith("masked_spec_embed"))
     if absent:
@@ -93,9 +94,9 @@ def _normalizes(name: str) -> bool:
         if not any(files):
             return False
         return bool(Wav2Vec2FeatureExtractor.from_pretrained(name).do_normalize)
-    except (OSError, ValueError) as error:  # not there, or not to be had at present, are two things
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{name}: no preprocessor_config.json could be read ({reason})") from None
+    except Exception as error:  # not there, or not to be had at present, are two things
+        why = brief(error)
+        raise UserError(f"{name}: no preprocessor_config.json could be read ({why})") from None
 
 
 class _Window(NamedTuple):

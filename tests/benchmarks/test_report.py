@@ -277,11 +277,28 @@ def test_a_file_of_rows_without_facts_is_a_table(tmp_path):
     assert pictures == []
 
 
-@pytest.mark.parametrize("content", ["[1]", "{", '{"machine": {"device": "x"}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[1]",
+        "{",
+        "[" * 100_000,
+        '{"machine": {"device": "x"}}',
+        json.dumps({"machine": MACHINE | {"device": {}}}),
+        json.dumps({"machine": MACHINE | {"libraries": "x"}}),
+        json.dumps({"machine": MACHINE | {"load": []}}),
+        json.dumps({"machine": MACHINE, "question": 3}),
+        json.dumps({"machine": MACHINE, "rows": [None]}),
+        json.dumps({"machine": MACHINE, "rows": [row("kernels", "one") | {"ratio": {}}]}),
+        json.dumps({"machine": MACHINE, "limits": {}, "rows": [row("kernels", "one: x", flops=1,
+                                                                   bytes=1, seconds=1)]}),
+    ],
+    ids=range(11),
+)  # fmt: skip
 def test_another_file_is_one_line(tmp_path, content):
-    (tmp_path / "gap-x.json").write_text(content)
-    with pytest.raises(UserError, match=r"gap-x\.json: expected a result file"):
-        report.read_results(tmp_path)
+    (tmp_path / "kernels-x.json").write_text(content)
+    with pytest.raises(UserError, match=r"kernels-x\.json: expected (a result file|JSON)"):
+        page(tmp_path, tmp_path / "performance.md")
 
 
 def test_no_file_is_one_line(tmp_path):

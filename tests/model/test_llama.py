@@ -338,6 +338,11 @@ def of_another_width(folder: Path) -> None:
     (folder / "other" / "model.safetensors").rename(folder / "model.safetensors")
 
 
+def index_of_numbers(folder: Path) -> None:
+    index = {"weight_map": {"model.norm.weight": 3}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 MISTAKES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no config": (without("config.json"), r"config\.json: expected a Llama checkpoint"),
     "no weights": (without("model.safetensors"), r"model\.safetensors: expected safetensors"),
@@ -353,6 +358,16 @@ MISTAKES: dict[str, tuple[Callable[[Path], None], str]] = {
     "half a scaling": (
         in_config(rope_parameters={"rope_type": "llama3", "factor": 2.0}),
         "expected rotary scaling 'llama3', got .*low_freq_factor",
+    ),
+    "a scaling of text": (in_config(rope_parameters="yarn"), "rotary scaling to be an object, got"),
+    "a factor of 0": (
+        in_config(rope_parameters={"rope_type": "linear", "factor": 0.0}),
+        r"config\.json: expected rotary scaling 'linear', got .*",
+    ),
+    "heads of keys": (in_config(num_key_value_heads=3), r"config\.json: model: 3 heads of keys"),
+    "an index of numbers": (
+        index_of_numbers,
+        r"index\.json: expected weight_map\.model\.norm\.weight to be str, got 3",
     ),
     "turned in part": (in_config(partial_rotary_factor=0.5), "got a share of 0.5"),
     "no end": (in_config(eos_token_id=None), "expected eos_token_id to be an id"),

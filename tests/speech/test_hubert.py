@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -340,6 +341,33 @@ def test_a_packed_file_damaged_anywhere_is_named_or_read_as_it_was(tmp_path: Pat
         except UserError:
             continue
         np.testing.assert_array_equal(got, centroids)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        (
+            "config.json",
+            lambda content: content.replace(b'"hidden_size": 32', b'"hidden_size": []'),
+        ),
+        ("config.json", lambda content: b"true"),
+        ("config.json", lambda content: b"[" * 100_000),
+        ("model.safetensors", lambda content: content[:-1]),
+        ("model.safetensors", lambda content: b""),
+    ],
+    ids=["a list for a size", "no object", "deep", "cut short", "empty"],
+)
+def test_a_damaged_model_is_one_line(
+    save_hubert: Any, tmp_path: Path, name: str, change: Callable[[bytes], bytes]
+) -> None:
+    folder = save_hubert(tmp_path / "hubert")
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(change(content))
+    assert (folder / name).read_bytes() != content
+    with pytest.raises(UserError, match="hubert: no hubert model could be read here") as caught:
+        encoder(folder, np.zeros((4, 32), np.float32), 1)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value).removeprefix(str(folder))) < 300
 
 
 def test_an_absent_file_is_named(tmp_path: Path) -> None:
