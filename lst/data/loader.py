@@ -30,7 +30,7 @@ from lst.errors import UserError, expect_not_negative, expect_positive
 from lst.files import Location
 from lst.vocabulary import Tokenizer, Vocabulary
 
-__all__ = ["DataConfig", "TrainLoader", "validation_batches"]
+__all__ = ["DataConfig", "TrainLoader", "expect_patching", "validation_batches"]
 
 
 MOST_ROWS = 2**20  # each takes memory before the first step
@@ -91,6 +91,15 @@ class DataConfig:
         return tasks[0] if len(tasks) == 1 else None
 
 
+def expect_patching(patching: PatchingConfig, plan: PlanConfig) -> None:
+    """Raise UserError where a model without local modules would have to read longer patches."""
+    if not plan.local and final_strategy(patching) != NoPatching():
+        raise UserError(
+            "data: a token-level model reads every token as a patch: expected the patching "
+            f"strategy 'none' or 'speech-bpe', got {patching.strategy!r}"
+        )
+
+
 class TrainLoader:
     """Endless batches for one rank, with the states to go on from.
 
@@ -131,11 +140,7 @@ class TrainLoader:
                 f"data: expected rows that divide by {world_size} processes × {accumulation} "
                 f"micro-batches, got {config.rows}"
             )
-        if not plan.local and final_strategy(config.patching) != NoPatching():
-            raise UserError(
-                "data: a token-level model reads every token as a patch: expected the patching "
-                f"strategy 'none' or 'speech-bpe', got {config.patching.strategy!r}"
-            )
+        expect_patching(config.patching, plan)
         self.awaited: int | None = None
         self._num_workers, self._pin = config.num_workers, pin
         datasets = _open_datasets(config, vocabulary, tokenizer)

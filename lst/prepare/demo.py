@@ -154,8 +154,9 @@ def _claim(config: DemoConfig) -> bool:
         if not begun.is_file():
             if out.is_dir() and any(path.name != "work" for path in out.iterdir()):
                 raise UserError(f"--out {out}: expected an empty or absent folder, got other files")
+            settings = config.settings  # before the folder is made: the tokenizer may be none
             begun.parent.mkdir(parents=True, exist_ok=True)
-            write_json(begun, {"settings": config.settings})
+            write_json(begun, {"settings": settings})
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
     return False

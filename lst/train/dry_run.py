@@ -42,6 +42,7 @@ from math import ceil, prod
 import torch
 from torch import nn
 
+from lst.data.loader import expect_patching
 from lst.data.records import FRAMES_PER_SECOND
 from lst.errors import UserError
 from lst.flops import (
@@ -75,8 +76,8 @@ def dry_run(config: TrainConfig, gpus: int | None = None) -> str:
         gpus: how many processes share the run; None: as many as torchrun has started.
 
     Raises:
-        UserError: rows that do not divide, as training would; replicas that only torchrun, which
-            knows the machines, could tell.
+        UserError: rows that do not divide, or patches that the model cannot read, as of training;
+            replicas that only torchrun, which knows the machines, could tell.
     """
     if gpus is not None and config.parallel == ParallelConfig(strategy="hsdp"):
         raise UserError(
@@ -88,6 +89,7 @@ def dry_run(config: TrainConfig, gpus: int | None = None) -> str:
             f"data: expected rows that divide by {gpus} processes × {config.accumulation} "
             f"micro-batches, got {config.data.rows}"
         )
+    expect_patching(config.data.patching, config.model.plan())
     vocabulary = DEMO_VOCABULARY if config.data.corpus == DEMO_CORPUS else PAPER_VOCABULARY
     with torch.device("meta"):
         model = build_model(config.model, vocabulary)

@@ -34,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lst.data.records import FRAMES_PER_SECOND
-from lst.errors import UserError, expect_positive, expect_text
+from lst.errors import UserError, expect_not_negative, expect_positive, expect_text
 from lst.files import fsync, make_folder, write_json, writing
 from lst.machine import find_device
 from lst.prepare.sources import Sources, list_inputs, source_kind
@@ -113,6 +113,7 @@ class TrainVocoderConfig(Sources):
             "report_every", "save_every",
         )  # fmt: skip
         expect_positive(self, *positive)
+        expect_not_negative(self, "alone_steps", "seed")
         expect_text(self, "out")
         _ = self.units  # checks that its options go together
 

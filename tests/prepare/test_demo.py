@@ -335,3 +335,9 @@ def test_the_command_tells_a_mistake_in_one_line(tmp_path: Path) -> None:
     assert process.returncode == 2
     assert process.stderr == f"error: --out {tmp_path}/file: cannot be written (Not a directory)\n"
     assert process.stdout == ""
+
+
+def test_a_tokenizer_that_is_none_leaves_no_folder(tmp_path):
+    with pytest.raises(UserError, match="none: expected a tokenizer, got no file"):
+        prepare_demo(DemoConfig(out=tmp_path / "demo", tokenizer=tmp_path / "none"))
+    assert not (tmp_path / "demo").exists()

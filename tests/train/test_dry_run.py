@@ -13,6 +13,7 @@ from torch import nn
 
 from lst.data.batch import Batch, make_batch
 from lst.data.packing import Packed
+from lst.data.patching import PatchingConfig
 from lst.errors import UserError
 from lst.flops import Mix, batch_counts
 from lst.model import LanguageModel, ModelConfig, StackConfig, build_model
@@ -212,3 +213,10 @@ def test_the_7b_model_is_planned_in_little_memory_from_nothing(tmp_path: Path) -
 def test_torchrun_says_how_many_processes_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "demo on 2 GPUs, ddp, float32 products" in dry_run(PRESETS["demo"])
+
+
+def test_a_plan_of_patches_that_the_model_cannot_read_is_refused() -> None:
+    preset = PRESETS["demo-baseline"]
+    static = replace(preset.data, patching=PatchingConfig(strategy="static"))
+    with pytest.raises(UserError, match="a token-level model reads every token as a patch"):
+        dry_run(replace(preset, data=static))

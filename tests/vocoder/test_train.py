@@ -248,6 +248,8 @@ def test_other_settings_or_another_folder_are_refused(recordings, tmp_path):
         ({"size": "huge"}, r"--size: expected one of hifigan, tiny.*got 'huge'"),
         ({"steps": 0}, "--steps: expected 1 or more, got 0"),
         ({"stretch_units": -1}, "--stretch-units: expected 1 or more"),
+        ({"alone_steps": -1}, "--alone-steps: expected 0 or more"),
+        ({"seed": -1}, "--seed: expected 0 or more"),
         ({"learning_rate": float("nan")}, "--learning-rate: expected more than 0, got nan"),
         ({"manifest": (), "text": ("a.txt",)}, "--text: expected a source of audio"),
         ({"hubert": "somewhere"}, "--hubert and --layer together"),
