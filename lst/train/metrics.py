@@ -467,7 +467,11 @@ def _open_wandb(config: TrainConfig) -> Any:
     path = config.out / WANDB_ID
     if not path.exists():
         write_atomically(path, secrets.token_hex(8))
+    online = os.environ.get("WANDB_MODE", "online") == "online"
     try:
+        # Its own question after a key would wait for ever, as if the run hung.
+        if online and not wandb.login(timeout=WANDB_SECONDS):
+            raise ConnectionError("no key; run `wandb login` first, or set WANDB_MODE=offline")
         return wandb.init(
             project=config.wandb,
             name=config.out.name,

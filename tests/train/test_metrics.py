@@ -7,6 +7,7 @@ import resource
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +44,21 @@ class Run:
     def finish(self):
         self._tell("finish")
 
+def login(*, timeout):
+    return 0 < timeout < 45
+
 init, Settings = Run, dict
 """
 FAILING_WANDB = """
 Settings = dict
 
+def login(*, timeout):
+    return True
+
 def init(**options):
     raise ConnectionError("Run initialization has timed out after 30 sec.\\nPlease see the docs")
 """
+WANDB_WITHOUT_A_KEY = FAKE_WANDB.replace("0 < timeout < 45", "False")
 
 
 def test_a_loss_is_a_mean_over_targets_in_nats_and_in_bits() -> None:
@@ -166,6 +174,17 @@ def test_a_run_of_wandb_that_does_not_begin_is_one_line(
         expected = "--wandb: expected a run of project 'speech' to begin, got Run initialization "
         with pytest.raises(UserError, match=f"^{expected}has timed out after 30 sec.$"):
             train(tiny(wandb="speech"))
+
+
+def test_nobody_is_waited_for_to_log_in_to_wandb(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    with wandb_that_is(WANDB_WITHOUT_A_KEY, tmp_path / "modules", monkeypatch):
+        with pytest.raises(UserError, match="got no key; run `wandb login` first, or set WANDB_M"):
+            train(tiny(wandb="speech"))
+        monkeypatch.setenv("WANDB_MODE", "offline")
+        train(replace(tiny(wandb="speech", steps=1), out=tmp_path / "offline"))
 
 
 def test_without_wandb_the_option_names_what_to_install_and_leaves_no_folder(
