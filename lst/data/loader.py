@@ -40,17 +40,17 @@ MOST_ROWS = 2**20  # each takes memory before the first step
 class DataConfig:
     """What is trained on, and in what portions."""
 
-    corpus: str = "data/demo"  # made by python -m lst.prepare: a folder, or a URL of fsspec
-    # Shares of datasets under corpus/train (the paper's 2 to 1). A key is DATASET or DATASET:KIND,
-    # where KIND says what documents its records become: lst.data.interleave.DOCUMENT_KINDS.
+    corpus: str = "data/demo"  # made by python -m lst.prepare; a folder or a URL
+    # Datasets under corpus/train and their shares. A name is DATASET or DATASET:KIND, where KIND
+    # is interleaved, speech, text, speech-to-text, text-to-speech, asr or tts (docs/patching.md).
     mixture: dict[str, float] = field(default_factory=lambda: {"text": 2.0, "speech": 1.0})
-    # What the shares are of: tokens (pieces and 25 Hz units), or units (their patches).
+    # What the shares count: tokens (text pieces and speech units), or units (patches).
     mixture_in: Literal["tokens", "units"] = "tokens"
-    rows: int  # sequences in the global batch
-    units_per_sequence: int  # one of them goes to the dead tail
+    rows: int  # sequences in the global batch, over all processes
+    units_per_sequence: int  # length of a sequence in patches (tokens for a baseline)
     patching: PatchingConfig = field(default_factory=PatchingConfig)
-    # Processes a rank that make batches ahead of it, each of them whole micro-batches; 0: none, the
-    # rank makes a batch when it needs it.
+    # Worker processes per rank that make batches ahead; more than accumulation have no effect. 0:
+    # the rank makes each batch when it needs it.
     num_workers: int = 0
 
     def __post_init__(self) -> None:

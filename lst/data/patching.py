@@ -81,9 +81,9 @@ Strategy = NoPatching | Static | Aligned
 class PatchingConfig:
     """How speech is patched in the course of training (paper, sections 3.1 and 4.2).
 
-    "mixed" draws static or aligned patches for each document, with even chances. "curriculum" goes
-    over from aligned to static ones: aligned up to the first fraction of the run, static from the
-    second on, and drawn per document in between. Models of both are evaluated with static patches.
+    "mixed" draws static or aligned patches for each document, with equal probability. "curriculum"
+    goes from aligned to static patches: aligned up to the first fraction of the run, static from
+    the second on, drawn per document in between. Models of both are evaluated with static patches.
     "speech-bpe" replaces speech units by pieces of several units, for a token-level model.
     """
 
@@ -91,11 +91,11 @@ class PatchingConfig:
         "curriculum"
     )
     size: int = 4  # units of a static patch
-    aligned_by: Literal["words", "pieces"] = "words"  # of the text; pieces: the tokenizer's
-    silence: Silence = "separate"  # of aligned patches
-    max_patch_length: int | None = None  # units of an aligned patch; None: as long as it is
-    boundary_noise_ms: float = 0.0  # by up to so much aligned boundaries are moved
-    curriculum: tuple[float, float] = (1 / 3, 2 / 3)  # τ₁, τ₂ as fractions of the run
+    aligned_by: Literal["words", "pieces"] = "words"  # what aligned patches follow
+    silence: Silence = "separate"  # a patch of its own, or merged with the word before it
+    max_patch_length: int | None = None  # longer aligned patches are cut; in units; None: no limit
+    boundary_noise_ms: float = 0.0  # move aligned boundaries at random by up to so much
+    curriculum: tuple[float, float] = (1 / 3, 2 / 3)  # fractions of the run: τ₁, τ₂
 
     def __post_init__(self) -> None:
         expect_positive(self, "size", "max_patch_length", within=OPTIONS)

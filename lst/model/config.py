@@ -15,10 +15,10 @@ WIDEST, DEEPEST = 2**20, 10_000
 class StackConfig:
     """A stack of transformer layers."""
 
-    layers: int
+    layers: int  # number of transformer layers
     dim: int  # width of the residual stream
     heads: int  # attention heads of dim / heads features each
-    kv_heads: int | None = None  # of self-attention, each read by heads / kv_heads; None: as heads
+    kv_heads: int | None = None  # key and value heads (grouped-query attention); None: as heads
     hidden: int | None = None  # feed-forward width; None: 8/3 · dim, up to a multiple of 256
 
     def __post_init__(self) -> None:
@@ -86,15 +86,15 @@ class ModelConfig:
         default_factory=lambda: StackConfig(layers=25, dim=2048, heads=16)
     )
     decoder: StackConfig = field(default_factory=lambda: _paper_local(9))  # not in "token"
-    # Who embeds and predicts text: encoder and decoder ("local"), or the global transformer alone,
-    # with encoder and decoder seeing speech only ("global"); not in "token".
+    # What embeds and predicts text. "local": encoder and decoder, as for speech. "global": the
+    # global transformer alone; encoder and decoder see speech only. Not used by "token".
     text_path: Literal["local", "global"] = "local"
-    local_window: int = 512  # tokens that a local layer reads, the query's own counted
-    decoder_window: int | None = 512  # patches that a token reads; None: all of its document
-    rope_theta: float = 5e5
+    local_window: int = 512  # window of encoder and decoder layers, in tokens, itself included
+    decoder_window: int | None = 512  # last patches that a token of the decoder reads; None: all
+    rope_theta: float = 5e5  # base of the rotary embeddings
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)  # of the global transformer
-    norm_eps: float = 1e-5
-    tied: bool = False  # the head's weight is the embedding's
+    norm_eps: float = 1e-5  # of RMSNorm
+    tied: bool = False  # the head shares its weight with the embedding
     special_pieces: tuple[int, int] | None = None  # of <bos> and <eos> in the Llama it started from
 
     def __post_init__(self) -> None:

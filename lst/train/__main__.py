@@ -42,12 +42,12 @@ class Command:
     """What stands after the preset."""
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
-    # Fine-tune to transcribe speech or to speak text: learn the answer of documents DATASET:asr or
-    # DATASET:tts alone.
+    # Fine-tune to transcribe speech (asr) or to speak text (tts): the loss is of the answers alone,
+    # in documents DATASET:asr or DATASET:tts.
     task: Task | None = None
-    resume: str | None = None  # go on with the run in this folder; auto: in --out, or start it
-    dry_run: bool = False  # print what the run would take, and train nothing
-    gpus: int | None = None  # of --dry-run; None: as many as torchrun starts processes, or 1
+    resume: str | None = None  # resume the run in this folder; auto: that in --out, if any
+    dry_run: bool = False  # print memory, FLOPs and batches of the run, and train nothing
+    gpus: int | None = None  # for --dry-run; None: the number of processes
 
     def __post_init__(self) -> None:
         if self.gpus is not None and (not self.dry_run or self.gpus < 1):
@@ -165,9 +165,9 @@ def _description() -> str:
     presets = "\n".join(f"  {name:<{width}}  {DESCRIPTIONS[name]}" for name in PRESETS)
     return (
         f"Train a model. Presets (default: {DEFAULT_PRESET}):\n\n{presets}\n\n"
-        "The options show the preset's values. A stopped run goes on by --resume FOLDER alone; "
-        "a command with --resume auto starts its run where --out holds none, and goes on with it "
-        "where it does."
+        "The options show the preset's values. --resume FOLDER alone resumes a stopped run; "
+        "with --resume auto, the same command starts the run in --out or, if it is there, "
+        "resumes it."
     )
 
 

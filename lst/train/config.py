@@ -26,12 +26,12 @@ from lst.strict_json import YOUNGER, read_json, read_strictly
 class OptimizerConfig:
     """AdamW under a linear warm-up and a cosine (defaults: paper, section A.2)."""
 
-    lr: float = 4e-4  # at the end of the warm-up
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.1  # of matrices; norms, biases and embeddings do not decay
-    warmup_steps: int = 2000
-    min_lr_ratio: float = 0.01  # of lr, at the end of the run
-    clip: float = 1.0  # largest global norm of the gradient
+    lr: float = 4e-4  # peak learning rate, reached at the end of the warm-up
+    betas: tuple[float, float] = (0.9, 0.95)  # decay of the two moments of AdamW
+    weight_decay: float = 0.1  # of matrices only, not of norms, biases and embeddings
+    warmup_steps: int = 2000  # steps of linear warm-up
+    min_lr_ratio: float = 0.01  # learning rate at the end of the run, as a share of lr
+    clip: float = 1.0  # gradients are scaled down to at most this global norm
 
     def __post_init__(self) -> None:
         expect_positive(self, "lr", within="optimizer.")
@@ -72,39 +72,39 @@ Checkpointing = Literal["none", "selective", "full"]
 class TrainConfig:
     """A training run."""
 
-    name: str  # of the preset that it came from
+    name: str  # of the run, in its log; by default the preset's
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    steps: int  # optimizer steps
-    accumulation: int = 1  # micro-batches that a process adds up for one step
-    seed: int = 0  # of the initial weights, the order of the data and the interleaving
+    steps: int  # number of optimizer steps
+    accumulation: int = 1  # micro-batches per process and step
+    seed: int = 0  # for the initial weights, the order of the data and the interleaving
     out: Path = Path("runs/lst")  # the run folder
-    validate_every: int = 500  # steps
-    checkpoint_every: int = 500  # steps
-    keep: int = 2  # newest checkpoints kept
-    keep_every: int | None = None  # steps; checkpoints at multiples of it are kept as well
-    log_every: int = 10  # steps
-    precision: Literal["float32", "bfloat16"] = "float32"  # of matrix products; weights: float32
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
-    compile: bool = False  # every transformer block, by torch.compile; changes the rounding alone
-    # Activations that the backward pass computes again: none, those of feed-forward branches
-    # (selective), or all within a block (full).
+    validate_every: int = 500  # steps between validations
+    checkpoint_every: int = 500  # steps between checkpoints
+    keep: int = 2  # number of newest checkpoints to keep
+    keep_every: int | None = None  # also keep the checkpoints at multiples of so many steps
+    log_every: int = 10  # steps between lines of metrics.jsonl and the console
+    precision: Literal["float32", "bfloat16"] = "float32"  # of matrix products; weights are float32
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is a GPU, else cpu
+    compile: bool = False  # compile every transformer block; changes rounding only
+    # Activations that are recomputed in the backward pass to save memory. selective: those of the
+    # feed-forward branches; full: all within a block.
     checkpointing: Checkpointing = "none"
-    float8: bool = False  # products of the global transformer in eight bits, on GPUs that can
-    profile: bool = False  # trace a few steps after the first ones into profile/ of the run folder
-    evaluate: bool = True  # story completion at the end
-    max_skipped: int = 5  # updates in a row that may not be finite; the last of them ends the run
-    hang_timeout: float = 45.0  # seconds without progress that end the run; 0: none do
-    peak_tflops: float | None = None  # of one device, that MFU is of; None: what its name tells
-    # A Llama checkpoint that gives the global transformer and its shape (lst.model.llama). Read at
-    # the start of a run alone.
+    float8: bool = False  # in products of the global transformer; GPUs of compute capability 8.9
+    profile: bool = False  # trace three steps after the first four, into profile/ of the run folder
+    evaluate: bool = True  # score story completion at the end of the run
+    max_skipped: int = 5  # the run ends at this number of non-finite steps in a row
+    hang_timeout: float = 45.0  # seconds without progress after which the run ends; 0: never
+    peak_tflops: float | None = None  # peak of one device, for MFU; None: known from its name
+    # A Llama checkpoint to take the global transformer, its shape and weights, from. Read only when
+    # a run starts, not when it is resumed.
     warm_start: Path | None = None
-    # A run or checkpoint whose weights this one begins with, with a fresh optimizer and schedule;
-    # model, vocabulary and codebook must be its own. Read at the start of a run alone.
+    # A run or checkpoint to take the initial weights from; optimizer and schedule start afresh.
+    # Model, vocabulary and codebook must be the same. Read only when a run starts.
     init_from: Path | None = field(default=None, metadata=YOUNGER)
-    wandb: str | None = None  # a project of Weights & Biases to log to as well
+    wandb: str | None = None  # a project of Weights & Biases to log to
 
     def __post_init__(self) -> None:
         counts = ("steps", "accumulation", "max_skipped", "keep", "keep_every")
