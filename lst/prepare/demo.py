@@ -38,7 +38,7 @@ from lst.data.records import (
     read_items,
     write_items,
 )
-from lst.errors import UserError, expect_positive
+from lst.errors import UserError, expect_option, expect_positive
 from lst.files import replacing, write_json
 from lst.prepare.stats import word_lengths
 from lst.prepare.stories import BLOCK_SIZE, Story, generate_stories, story_questions
@@ -55,6 +55,8 @@ CODEBOOK_SECONDS = 1800.0  # of speech that the codes are fitted to
 TOKENIZER_STORIES = 10_000  # at most
 SOURCE = "demo stories"
 TASKS_PER_STORY = 3
+# No two stories are the same, and what was told is kept in mind: a demo is no larger.
+MOST = {"hours": 1000, "text_tokens": 10**9, "questions": 100_000, "validation": 100_000}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +80,10 @@ class DemoConfig:
             if value < BLOCK_SIZE or value % BLOCK_SIZE:
                 raise UserError(f"--{name}: expected a multiple of {BLOCK_SIZE}, got {value}")
         expect_positive(self, "hours", "text_tokens", "pieces", "codes", "workers")
+        for name, most in MOST.items():
+            value = getattr(self, name)
+            expect_option(value <= most, name, f"at most {most:,}", value)
+        expect_option(0 <= self.seed < 2**32, "seed", "0 or more, below 2^32", self.seed)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -341,3 +341,19 @@ def test_a_tokenizer_that_is_none_leaves_no_folder(tmp_path):
     with pytest.raises(UserError, match="none: expected a tokenizer, got no file"):
         prepare_demo(DemoConfig(out=tmp_path / "demo", tokenizer=tmp_path / "none"))
     assert not (tmp_path / "demo").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hours": 1e308}, "--hours: expected at most 1,000, got 1e"),
+        ({"text_tokens": 2**31}, "--text-tokens: expected at most 1,000,000,000, got 2147"),
+        ({"questions": 2**31}, "--questions: expected at most 100,000, got 2147"),
+        ({"validation": 2**63}, "--validation: expected at most 100,000, got 9223"),
+        ({"seed": -1}, "--seed: expected 0 or more, below 2.32, got -1"),
+        ({"seed": 2**32}, "--seed: expected 0 or more, below 2.32, got 4294967296"),
+    ],
+)
+def test_more_than_a_demo_and_a_seed_that_is_none_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        DemoConfig(**options)
