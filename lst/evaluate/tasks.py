@@ -50,7 +50,7 @@ MODES: dict[str, Mode] = {"S2S": "S→S", "T2T": "T→T", "S2T": "S→T", "T2S":
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Measure what a checkpoint can do."""
+    """Score a model on a benchmark."""
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """A run folder, a checkpoint, a pretrained folder, or the name of one on the hub."""
@@ -59,31 +59,31 @@ class EvaluateConfig:
     data: Path | None = None
     """The task's file or folder; None: the corpus's stories, or valid/speech for asr and tts."""
     modes: tuple[Literal["S2S", "T2T", "S2T", "T2S"], ...] | None = None
-    """Prompt to ending, speech or text. None: S2S and T2T, as far as the data has them."""
+    """Of prompt and ending, S speech and T text. None: S2S and T2T, if the data has them."""
     espeak: str | None = None
-    """Speak what is written by a voice, ours (us-f4) or espeak's (en-us+f4); None: do not."""
+    """Synthesise the written questions by a voice: ours (us-f4) or espeak's (en-us+f4)."""
     codebook: Path | None = None
-    """Of the model's speech units; None: the one that comes with the model or its corpus."""
+    """The codebook of the model's speech units; None: that of the model or its corpus."""
     hubert: str | None = None
-    """HuBERT that the codebook is of: a folder or a hub name; with --layer."""
+    """HuBERT that the codebook was made for: a folder or a hub name; with --layer."""
     layer: int | None = None
-    """Of HuBERT, whose states the codebook is of."""
+    """The HuBERT layer that the codebook was made for."""
     boundary_noise_ms: float | None = None
-    """Aligned boundaries are moved by up to so much; None: as in training."""
+    """Move aligned boundaries at random by up to so much; None: as in training."""
     normaliser: Normaliser = "english"
-    """What asr and tts do to both texts before they compare them: Whisper's english or basic."""
+    """For asr and tts, applied to both texts before comparison: Whisper's english or basic."""
     recogniser: str | None = None
-    """Of tts: a checkpoint that transcribes what was spoken."""
+    """For tts: a checkpoint that transcribes the generated speech."""
     temperature: float = 0.0
-    """Of tts; 0: always the likeliest token."""
+    """For tts; 0: always the most likely token."""
     seed: int = 0
-    """Of what tts draws."""
+    """For tts, of the sampling."""
     tokens_per_batch: int = 16384
-    """Documents are packed up to about so many tokens."""
+    """Documents are packed into batches of about this many tokens."""
     device: str = "cpu"
-    """Where the model runs."""
+    """Device that the model runs on, such as cuda."""
     json: Path | None = None
-    """A file for the result. Answers are kept beside it: a stopped command goes on where it was."""
+    """A file for the results. Answers are kept beside it, so that a stopped command can resume."""
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:

@@ -48,49 +48,49 @@ class GenerateConfig:
     checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """A run folder, a checkpoint, a pretrained folder, or the name of one on the hub."""
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Text, or an audio file by its ending (.wav, .flac, .mp3, .ogg); several in their order."""
+    """Text, or an audio file (by its suffix: .wav, .flac, .mp3, .ogg); may be repeated."""
     prompts: Path | None = None
-    """A JSONL file of requests, a line each, to continue many: {"prompt": "Once"}."""
+    """A JSONL file with a request per line, such as {"prompt": "Once"}."""
     out: Path | None = None
-    """A folder to make, of text, units and sound; for several results, of a folder for each."""
+    """A new folder for text, units and sound; with several results, a folder for each."""
     num_samples: int = 1
-    """Continuations of each prompt; number i draws as with --seed SEED + i."""
+    """Continuations of each prompt; number i uses the seed SEED + i."""
     modality: Modality = "any"
-    """Of what is generated: text, speech, or what the model chooses."""
+    """What to generate: text, speech, or whatever the model chooses."""
     max_tokens: int = 256
-    """Generated tokens at most: pieces of text, units of speech, markers."""
+    """Maximum number of generated tokens: text pieces, speech units, markers."""
     seconds: float | None = None
-    """With --modality speech: so much speech at most, in the place of --max-tokens."""
+    """With --modality speech: the maximum length in seconds, instead of --max-tokens."""
     temperature: float = 1.0
-    """0: always the likeliest token."""
+    """0: always the most likely token."""
     top_k: int | None = None
-    """Draw from the so many likeliest tokens."""
+    """Sample only from this number of most likely tokens."""
     top_p: float | None = None
-    """Draw from the fewest likeliest tokens that have this probability together."""
+    """Sample only from the most likely tokens whose probabilities sum to this."""
     repetition_penalty: float = 1.0
-    """Above 1: tokens that are there already become less likely."""
+    """Above 1: tokens that have already occurred become less likely."""
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """End at a token with this text in it, or at <t> or <s>; may be given several times."""
+    """Stop at a token that contains this text, or at <t> or <s>; may be repeated."""
     seed: int = 0
-    """Of what is drawn."""
+    """Of the sampling."""
     context: int | None = None
-    """Units (patches) that prompt and continuation may have; None: as in training."""
+    """Maximum patches of prompt and continuation; None: as in training."""
     max_prompt_seconds: float = 60.0
-    """Longer audio is refused."""
+    """Longer audio prompts are refused."""
     batch_size: int = 16
-    """Continuations made together; each is what it would be alone."""
+    """Continuations generated together; it does not change the results."""
     codebook: Path | None = None
-    """Of the model's speech units; None: the one that comes with the model or its corpus."""
+    """The codebook of the model's speech units; None: that of the model or its corpus."""
     hubert: str | None = None
-    """HuBERT that the codebook is of: a folder or a hub name; with --layer."""
+    """HuBERT that the codebook was made for: a folder or a hub name; with --layer."""
     layer: int | None = None
-    """Of HuBERT, whose states the codebook is of."""
+    """The HuBERT layer that the codebook was made for."""
     voice: Path | None = None
-    """What speaks units: a vocoder's folder, or a log-mel codebook; None: the model's codebook."""
+    """Makes sound of units: a vocoder's folder or a log-mel codebook; None: the model's own."""
     speaker: str | None = None
     """One of the vocoder's speakers."""
     device: str = "cpu"
-    """Where the model runs."""
+    """Device that the model runs on, such as cuda."""
 
     def __post_init__(self) -> None:
         if self.prompt and self.prompts is not None:

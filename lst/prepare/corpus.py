@@ -77,18 +77,18 @@ class CorpusConfig(Sources):
     """What to prepare, with what, and how to share the work."""
 
     out: Path  # the dataset's folder, such as data/corpus/train/librispeech
-    codebook: Path | None = None  # of the speech units; needed for audio
-    hubert: str | None = None  # HuBERT that the codebook is of: a folder or a hub name
-    layer: int | None = None  # of HuBERT
-    allow_pickle: bool = False  # read a codebook of joblib, which runs the code in it
-    aligner: str | None = None  # wav2vec 2.0 CTC, folder or hub name: finds word times none give
+    codebook: Path | None = None  # turns audio into speech units; required for audio
+    hubert: str | None = None  # HuBERT that the codebook was made for: a folder or a hub name
+    layer: int | None = None  # the HuBERT layer that the codebook was made for
+    allow_pickle: bool = False  # read a joblib codebook, which can run code
+    aligner: str | None = None  # wav2vec 2.0 CTC model to find word times with: folder or hub name
     device: str = "cpu"  # where HuBERT and the aligner run
-    untranscribed: bool = False  # keep audio that has no transcript, as units alone
-    source: str | None = None  # the corpus' name in each record; by default that of the folder
-    shard_inputs: int = 1024  # utterances a shard; of text, parts of 32 MB: always one
-    max_skipped_share: float = 0.01  # more that is unfit than this stops the job
-    rank: int = 0  # of this process
-    world_size: int = 1  # processes that share the work, each started with its rank
+    untranscribed: bool = False  # keep audio without a transcript, as units alone
+    source: str | None = None  # name of the corpus in each record; None: the name of --out
+    shard_inputs: int = 1024  # utterances per shard; texts are cut into parts of 32 MB instead
+    max_skipped_share: float = 0.01  # the job stops if a larger share of the inputs is skipped
+    rank: int = 0  # the number of this process
+    world_size: int = 1  # number of processes that share the work
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:

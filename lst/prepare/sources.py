@@ -50,11 +50,11 @@ class Sources:
 
     cuts: tuple[Path, ...] = ()  # lhotse cut manifests; each cut is a record
     recordings: tuple[Path, ...] = ()  # lhotse recording manifests; each recording is a record
-    supervisions: tuple[Path, ...] = ()  # beside --recordings: each supervision is a record
-    folder: Path | None = None  # of audio files, each with its transcript in a .txt beside it
-    manifest: tuple[Path, ...] = ()  # .csv or .jsonl with a column audio, and text, speaker, …
+    supervisions: tuple[Path, ...] = ()  # with --recordings: each supervision is a record
+    folder: Path | None = None  # audio files, each with its transcript in a .txt of the same name
+    manifest: tuple[Path, ...] = ()  # .csv or .jsonl with audio, text, speaker, … (docs/data.md)
     text: tuple[Path, ...] = ()  # .txt (a record a line), .jsonl, .parquet, or folders of them
-    authors: tuple[Path, ...] = ()  # the JSONL of the paper's public code, units and all
+    authors: tuple[Path, ...] = ()  # the JSONL of the paper's public code, which has units
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
