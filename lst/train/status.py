@@ -33,6 +33,7 @@ from typing import Any, Self
 
 from lst.errors import UserError, tell
 from lst.files import write_atomically
+from lst.strict_json import read_json
 from lst.train import monitor
 from lst.train.config import TrainConfig
 from lst.train.distributed import launched_rank
@@ -147,8 +148,8 @@ class Status:
     def _read(self) -> dict[str, Any]:
         """The file; empty where there is none that can be read."""
         try:
-            return dict(json.loads((self._out / STATUS).read_text()))
-        except (OSError, ValueError, TypeError):
+            return dict(read_json(self._out / STATUS))
+        except (UserError, ValueError, TypeError):
             return {}
 
     def _write(self, *, state: str, **values: Any) -> None:

@@ -7,6 +7,7 @@ The units are made once, of whole recordings, as a corpus's are; samples are rea
 wanted, so that any number of hours can be learnt from.
 """
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,9 +77,13 @@ def write_clips(folder: Path, clips: Sequence[Clip]) -> None:
     offsets = np.cumsum([0, *(len(clip.units) for clip in clips)])
     with replacing(folder / UNITS) as temporary:
         units = np.concatenate([clip.units for clip in clips])
-        save_file({"units": units, "cu_clips": offsets}, temporary)
+        save_file({"units": units, "cu_clips": offsets, "crc32": _checksum(units)}, temporary)
     lines = "".join(f"{to_json(clip.utterance)}\n" for clip in clips)
     write_atomically(folder / LIST, lines)
+
+
+def _checksum(units: np.ndarray) -> np.ndarray:
+    return np.array([zlib.crc32(units.tobytes())], np.int64)
 
 
 def read_clips(folder: Path) -> list[Clip] | None:
@@ -90,10 +95,12 @@ def read_clips(folder: Path) -> list[Clip] | None:
     path = folder / UNITS
     try:
         tensors = load_file(path)
-        units, offsets = tensors["units"], tensors["cu_clips"]
+        units, offsets, checksum = (tensors[name] for name in ("units", "cu_clips", "crc32"))
     except (OSError, SafetensorError, KeyError) as error:
         raise UserError(f"{path}: expected the units of {LIST}, got {error!r}") from None
     whole = units.dtype == np.int16 and offsets.shape == (len(utterances) + 1,)
+    if not np.array_equal(checksum, _checksum(units)):
+        raise UserError(f"{path}: damaged: expected the units of their checksum, got others")
     if not whole or offsets[-1] != len(units) or offsets[0] != 0 or np.any(np.diff(offsets) < 1):
         raise UserError(f"{path}: expected the units of the {len(utterances)} clips of {LIST}")
     return [

@@ -8,6 +8,8 @@ from lst.speech.units import FRAME_SAMPLES
 
 __all__ = ["SIZES", "DiscriminatorConfig", "DurationConfig", "GeneratorConfig", "SizeConfig"]
 
+LARGEST = 2**20  # no size is larger: a number beyond is damage, which would fill the memory
+
 
 @dataclass(frozen=True, kw_only=True)
 class DurationConfig:
@@ -17,6 +19,14 @@ class DurationConfig:
     var_pred_hidden_dim: int = 128
     var_pred_kernel_size: int = 3
     var_pred_dropout: float = 0.5
+
+    def __post_init__(self) -> None:
+        sizes = (self.encoder_embed_dim, self.var_pred_hidden_dim, self.var_pred_kernel_size)
+        if not 1 <= min(sizes) <= max(sizes) <= LARGEST or not 0 <= self.var_pred_dropout <= 1:
+            raise UserError(
+                f"dur_predictor_params: expected sizes of 1 to {LARGEST:,} and a share of dropout, "
+                f"got {self}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +44,17 @@ class GeneratorConfig:
     dur_predictor_params: DurationConfig | None = None
 
     def __post_init__(self) -> None:
+        numbers = (
+            self.num_embeddings,
+            self.embedding_dim,
+            self.upsample_initial_channel,
+            *self.upsample_rates,
+            *self.upsample_kernel_sizes,
+            *self.resblock_kernel_sizes,
+            *(each for dilations in self.resblock_dilation_sizes for each in dilations),
+        )
+        if not self.upsample_rates or not 1 <= min(numbers) <= max(numbers) <= LARGEST:
+            raise UserError(f"expected sizes of 1 to {LARGEST:,}, got {self}")
         pairs = tuple(zip(self.upsample_rates, self.upsample_kernel_sizes, strict=False))
         if len(self.upsample_rates) != len(self.upsample_kernel_sizes) or any(
             kernel < rate or (kernel - rate) % 2 for rate, kernel in pairs

@@ -34,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lst.data.records import FRAMES_PER_SECOND
-from lst.errors import UserError, expect_not_negative, expect_positive, expect_text
+from lst.errors import UserError, brief, expect_not_negative, expect_positive, expect_text
 from lst.files import fsync, make_folder, write_json, writing
 from lst.machine import find_device
 from lst.prepare.sources import Sources, list_inputs, source_kind
@@ -419,13 +419,20 @@ class _Run:
         self.step, self.seconds = state.step, state.seconds
         self._began = time.monotonic()
         for name, module in self.modules.items():
-            module.load_state_dict(load_file(folder / f"{name}.safetensors"))
-            optimizer = self._optimizers[name]
-            values = optimizer.state_dict()
-            for key, value in load_file(folder / f"{name}-optimizer.safetensors").items():
-                index, what = key.split(".")
-                values["state"].setdefault(int(index), {})[what] = value
-            optimizer.load_state_dict(values)
+            try:
+                module.load_state_dict(load_file(folder / f"{name}.safetensors"))
+                self._load_optimizer(name, load_file(folder / f"{name}-optimizer.safetensors"))
+            except (RuntimeError, ValueError) as error:
+                raise UserError(
+                    f"{folder}: {name}: does not fit the run's settings and clips ({brief(error)})"
+                ) from None
+
+    def _load_optimizer(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        values = self._optimizers[name].state_dict()
+        for key, value in tensors.items():
+            index, what = key.split(".")
+            values["state"].setdefault(int(index), {})[what] = value
+        self._optimizers[name].load_state_dict(values)
 
 
 def embed_by_sound(generator: Generator, encoder: UnitEncoder) -> None:

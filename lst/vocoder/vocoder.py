@@ -12,7 +12,7 @@ and directions of weight norm, in either spelling of torch.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch import Tensor
 from lst.errors import UserError
 from lst.files import replacing, write_json
 from lst.speech.audio import SAMPLE_RATE
+from lst.strict_json import read_json, read_strictly
 from lst.vocoder.config import DurationConfig, GeneratorConfig
 from lst.vocoder.generator import Generator, fold_weight_norm
 
@@ -147,6 +148,17 @@ def save_vocoder(
     )
 
 
+@dataclass(frozen=True)
+class _Names:
+    """What ``config.json`` has of ours; None in CodeHiFiGAN's."""
+
+    codebook: str | None
+    speakers: list[str] | None
+
+
+_NAMES = [field.name for field in fields(_Names)]
+
+
 def load_vocoder(folder: Path | str, *, device: torch.device | str = "cpu") -> Vocoder:
     """Open a folder of ours, or of a checkpoint of CodeHiFiGAN: its config and, as
     ``*.safetensors``, its generator. Speakers without names are called "0", "1", ….
@@ -162,24 +174,25 @@ def load_vocoder(folder: Path | str, *, device: torch.device | str = "cpu") -> V
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: no vocoder could be read here ({error})") from None
     config = _generator_config(about, tensors, folder / CONFIG)
+    names = read_strictly(_Names, {name: about.get(name) for name in _NAMES}, f"{folder / CONFIG}")
+    with torch.device("meta"):  # sizes are compared before any memory is asked for
+        _expect_tensors(tensors, Generator(config).state_dict(), path)
     generator = Generator(config)
-    _expect_tensors(tensors, generator.state_dict(), path)
     generator.load_state_dict(tensors)
-    speakers = about.get("speakers") or [str(index) for index in range(config.num_speakers)]
+    speakers = names.speakers or [str(index) for index in range(config.num_speakers)]
     if len(speakers) != config.num_speakers:
         raise UserError(
             f"{folder / CONFIG}: expected the names of {config.num_speakers} speakers, "
             f"got {len(speakers)}"
         )
-    vocoder = Vocoder(generator, codebook=about.get("codebook"), speakers=speakers)
+    vocoder = Vocoder(generator, codebook=names.codebook, speakers=speakers)
     return vocoder.to(device)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        about = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: expected the configuration of a vocoder ({error})") from None
+    if not path.is_file():
+        raise UserError(f"{path}: expected the configuration of a vocoder, got none")
+    about = read_json(path)
     if not isinstance(about, dict):
         raise UserError(f"{path}: expected an object, got {type(about).__name__}")
     more = [name for name in MORE_INPUTS if about.get(name)]
@@ -226,11 +239,12 @@ def _generator_config(
             given["dur_predictor_params"] = DurationConfig(**durations)
         else:
             given["dur_predictor_params"] = None
-        return GeneratorConfig(**given)
-    except TypeError as error:
+        config = GeneratorConfig(**given)
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{path}: expected the configuration of a vocoder ({error})") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    return read_strictly(GeneratorConfig, json.loads(json.dumps(asdict(config))), str(path))
 
 
 def _tuples(value: Any) -> Any:

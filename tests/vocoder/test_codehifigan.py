@@ -282,6 +282,13 @@ def test_weights_of_something_else_are_refused(tmp_path, tensors, message) -> No
         ({"upsample_kernel_sizes": [11, 8]}, "config.json: expected for each of upsample_rates"),
         ({"dur_predictor_params": {"layers": 2}}, "configuration of a vocoder"),
         ({"speakers": ["ada"]}, "the names of 4 speakers, got 1"),
+        ({"speakers": "abcd"}, 'config.json: expected speakers to be list.str., got "abcd"'),
+        ({"codebook": 3}, "config.json: expected codebook to be str, got 3"),
+        ({"embedding_dim": 0}, "config.json: expected sizes of 1 to 1,048,576"),
+        ({"upsample_initial_channel": 10**30}, "config.json: expected sizes of 1 to 1,048,576"),
+        ({"upsample_initial_channel": 2**20}, "of shape"),
+        ({"upsample_rates": "85"}, "config.json: expected the configuration of a vocoder"),
+        ({"num_embeddings": True}, "config.json: expected num_embeddings to be int, got true"),
     ],
 )
 def test_a_configuration_of_something_else_is_refused(tmp_path, values, message) -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file
 
 from lst.errors import UserError
@@ -346,8 +348,21 @@ def test_clips_are_read_as_they_were_written(clips, tmp_path):
     for one, other in zip(found, clips, strict=True):
         np.testing.assert_array_equal(one.units, other.units)
     path = tmp_path / "clips.safetensors"
-    path.write_bytes(path.read_bytes()[:-1])
+    tensors, whole = load_arrays(path), path.read_bytes()
+    path.write_bytes(whole[:-1])
     with pytest.raises(UserError, match=r"clips\.safetensors: expected the units of clips\.jsonl"):
+        read_clips(tmp_path)
+    tensors["units"][3] ^= 1
+    save_arrays(tensors, path)
+    with pytest.raises(UserError, match=r"clips\.safetensors: damaged: expected the units of"):
+        read_clips(tmp_path)
+    path.write_bytes(whole)
+    lines = (tmp_path / "clips.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "clips.jsonl").write_text("".join(lines[:-1]))
+    with pytest.raises(UserError, match=rf"clips\.safetensors: .* {len(lines) - 1} clips of"):
+        read_clips(tmp_path)
+    (tmp_path / "clips.jsonl").write_text("".join([lines[0], "{}\n", *lines[2:]]))
+    with pytest.raises(UserError, match=r"clips\.jsonl, line 2: missing key"):
         read_clips(tmp_path)
 
 
