@@ -20,7 +20,14 @@ from typing import Any, Literal, TypeVar
 from lst.errors import UserError
 from lst.files import reason
 
-__all__ = ["YOUNGER", "expect_text", "parse_json", "read_json", "read_json_lines", "read_strictly"]
+__all__ = [
+    "YOUNGER",
+    "expect_unicode",
+    "parse_json",
+    "read_json",
+    "read_json_lines",
+    "read_strictly",
+]
 
 T = TypeVar("T")
 YOUNGER = {"younger": True}  # metadata of a field
@@ -56,7 +63,7 @@ def parse_json(content: bytes | str, where: str) -> Any:
     raise UserError(f"{where}: expected JSON, got {why}")
 
 
-def expect_text(text: str, where: str) -> None:
+def expect_unicode(text: str, where: str) -> None:
     """Raise UserError of half a surrogate pair, which JSON can write and is no character."""
     try:
         text.encode()

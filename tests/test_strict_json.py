@@ -7,7 +7,7 @@ from typing import Any, Literal
 import pytest
 
 from lst.errors import UserError
-from lst.strict_json import expect_text, parse_json, read_json, read_json_lines, read_strictly
+from lst.strict_json import expect_unicode, parse_json, read_json, read_json_lines, read_strictly
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,8 @@ def test_marks_and_ends_of_lines_of_other_systems_change_nothing(tmp_path: Path)
 
 
 def test_half_a_surrogate_pair_is_no_text() -> None:
-    expect_text(parse_json(r'"\ud83e\udd8a"', "f"), "f")
+    expect_unicode(parse_json(r'"\ud83e\udd8a"', "f"), "f")
     with pytest.raises(
         UserError, match=r"^f: expected text, got half a surrogate pair at character 2$"
     ):
-        expect_text(parse_json(r'"x\ud83e"', "f"), "f")
+        expect_unicode(parse_json(r'"x\ud83e"', "f"), "f")

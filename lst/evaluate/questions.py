@@ -31,7 +31,7 @@ from lst.data.records import Record, StoryItem
 from lst.errors import UserError
 from lst.files import reason
 from lst.speech.audio import AUDIO_SUFFIXES
-from lst.strict_json import expect_text, parse_json
+from lst.strict_json import expect_unicode, parse_json
 
 __all__ = ["READERS", "Passage", "Question", "has_sides", "of_items", "read_questions", "sides"]
 
@@ -197,7 +197,7 @@ def _question(
     for name, text in [("prompt", prompt), *((f"ending-{i}", t) for i, t in enumerate(endings))]:
         if not text.strip():
             raise UserError(f"{where}: expected text for every part, got an empty {name}")
-        expect_text(text, where)
+        expect_unicode(text, where)
         passages.append(Passage(_record(f"{task}-{number}-{name}", text, task)))
     return Question(
         id=f"{task}-{number}",
