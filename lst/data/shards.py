@@ -20,6 +20,7 @@ from lst.strict_json import parse_json, read_strictly
 
 __all__ = [
     "FRAMES_PER_SECOND",
+    "MAX_UNITS",
     "DatasetInfo",
     "ShardInfo",
     "WrittenShard",
@@ -34,6 +35,7 @@ __all__ = [
 
 FRAMES_PER_SECOND = 25  # a speech unit is one frame of 40 ms
 FORMAT = 1  # of dataset.json; raised when an older reader would misread a newer folder
+MAX_UNITS = 32_768  # they are kept as int16
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,8 +169,10 @@ def _check_counts(info: DatasetInfo, where: str) -> None:
     counts = [info.num_records, info.num_frames, info.num_characters, info.num_units]
     counts += [count for shard in info.shards for count in (shard.rows, shard.bytes)]
     for count in counts:
-        if count < 0:
+        if not 0 <= count < 2**63:
             raise UserError(f"{where}: expected counts, got {count}")
+    if info.num_units > MAX_UNITS:
+        raise UserError(f"{where}: expected at most {MAX_UNITS:,} units, got {info.num_units}")
 
 
 def check_size(where: str, shard: ShardInfo, size: int | None) -> None:

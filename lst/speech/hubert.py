@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lst.data.records import FRAMES_PER_SECOND
+from lst.data.shards import MAX_UNITS
 from lst.errors import UserError, brief
 from lst.machine import find_device
 from lst.speech.audio import SAMPLE_RATE
@@ -24,7 +25,6 @@ from lst.speech.wav2vec2 import FrameModel, load_pretrained
 
 __all__ = ["HubertKMeans", "read_centroids"]
 
-MAX_UNITS = 32_768  # of int16
 ONE_PASS_SECONDS = (STRETCH + 2 * CONTEXT) // SAMPLE_RATE
 
 

@@ -267,7 +267,7 @@ def test_counts_that_disagree_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["num_records", "num_frames", "num_units", "rows", "bytes"])
-@pytest.mark.parametrize("value", [None, "5", 1.0, -1])
+@pytest.mark.parametrize("value", [None, "5", 1.0, -1, 10**30])
 def test_what_is_no_count_is_refused(tmp_path, name, value):
     write(tmp_path, [record()])
     facts = json.loads((tmp_path / "dataset.json").read_text())
@@ -275,6 +275,14 @@ def test_what_is_no_count_is_refused(tmp_path, name, value):
     (tmp_path / "dataset.json").write_text(json.dumps(facts))
     got = json.dumps(value)
     with pytest.raises(UserError, match=rf"dataset\.json: expected .*(int|counts), got {got}$"):
+        Dataset.open(tmp_path)
+
+
+def test_more_units_than_are_kept_are_refused(tmp_path):
+    write(tmp_path, [record()])
+    facts = json.loads((tmp_path / "dataset.json").read_text())
+    (tmp_path / "dataset.json").write_text(json.dumps(facts | {"num_units": 32_769}))
+    with pytest.raises(UserError, match=r"dataset\.json: expected at most 32,768 units, got 32769"):
         Dataset.open(tmp_path)
 
 

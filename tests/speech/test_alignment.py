@@ -214,6 +214,10 @@ def test_other_models_are_refused(tmp_path: Path, save_hubert, save_ctc) -> None
     too_many = save_ctc(tmp_path / "too-many")
     vocabulary = json.loads((too_many / "vocab.json").read_text())
     (too_many / "vocab.json").write_text(json.dumps(vocabulary | {"Ä": 99}))
+    no_number = save_ctc(tmp_path / "no-number")
+    (no_number / "vocab.json").write_text(json.dumps(vocabulary | {"E": "x"}))
+    negative = save_ctc(tmp_path / "negative")
+    (negative / "vocab.json").write_text(json.dumps(vocabulary | {"E": -1}))
     no_characters = save_ctc(tmp_path / "no-characters", characters="|")
     adapter = save_ctc(tmp_path / "adapter", add_adapter=True)
     cases = [
@@ -222,6 +226,8 @@ def test_other_models_are_refused(tmp_path: Path, save_hubert, save_ctc) -> None
         (no_tokenizer, "no CTC tokenizer could be read here"),
         (other_blank, "expected the tokenizer's padding to be the blank 3, got 0"),
         (too_many, "expected the ids of characters below the model's 32, got 99"),
+        (no_number, "expected the ids of characters below the model's 32, got 'x' of E"),
+        (negative, "expected the ids of characters below the model's 32, got -1 of E"),
         (no_characters, "expected a vocabulary of characters, got none"),
         (adapter, "expected a model without an adapter"),
     ]
