@@ -10,6 +10,7 @@
 What is written is written to this machine, as a whole or not at all.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -114,10 +115,13 @@ def _name(entry: dict[str, Any]) -> str:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """A system error met in writing ``path`` becomes a UserError that names it."""
+    """A system error met in writing ``path`` becomes a UserError that names it. A name that is too
+    long may be of what is read meanwhile, and is told itself."""
     try:
         yield
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise UserError(f"{error.filename}: {reason(error)}") from None
         raise UserError(f"{path}: cannot be written ({reason(error)})") from None
 
 
@@ -147,15 +151,15 @@ def replacing(path: Path) -> Iterator[Path]:
         if path.exists() and not path.is_file():  # root may rename over a device
             got = "a folder" if path.is_dir() else "a device or a pipe"
             raise UserError(f"{path}: expected a file to write, got {got}")
-        path = path.resolve()
+        target = path.resolve()
     writer = f"{os.uname().nodename}-{os.getpid()}-{threading.get_ident()}"
-    temporary = path.with_name(f"{path.name}.{writer}.tmp")
+    temporary = target.with_name(f"{target.name}.{writer}.tmp")
     with writing(path):
         try:
             yield temporary
             fsync(temporary)
-            temporary.replace(path)
-            fsync(path.parent)
+            temporary.replace(target)
+            fsync(target.parent)
         finally:
             temporary.unlink(missing_ok=True)
 

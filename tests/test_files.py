@@ -13,6 +13,7 @@ from lst.files import (
     Location,
     expect_absent,
     make_folder,
+    making_folder,
     replacing,
     write_atomically,
     write_json,
@@ -173,3 +174,20 @@ def test_a_folder_and_no_name_are_no_files_to_write(tmp_path: Path) -> None:
     for path in (tmp_path, Path(), Path("/"), tmp_path / ".."):
         with pytest.raises(UserError, match="expected a file to write, got a folder"):
             write_json(path, {})
+
+
+def test_a_file_that_cannot_be_written_is_named_as_it_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^none/a\.json: cannot be written \(No such file"):
+        write_json(Path("none/a.json"), {})
+
+
+def test_a_name_too_long_that_is_read_is_not_told_of_what_is_written(tmp_path: Path) -> None:
+    with (
+        pytest.raises(UserError, match=r"^x+: File name too long"),
+        making_folder(tmp_path / "out"),
+    ):
+        Path("x" * 5000).read_text()
+    assert list(tmp_path.iterdir()) == []
