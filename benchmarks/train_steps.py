@@ -43,7 +43,7 @@ from lst.errors import UserError, expect_positive, run_command
 from lst.files import make_folder, write_json
 from lst.flops import batch_counts, training_flops
 from lst.machine import describe_machine, file_stem
-from lst.model import ModelConfig, StackConfig, build_model, count_parameters
+from lst.model import LanguageModel, ModelConfig, StackConfig, build_model, count_parameters
 from lst.presets import PRESETS
 from lst.train.blocks import compile_blocks, prepare_blocks
 from lst.train.config import TrainConfig
@@ -164,22 +164,9 @@ def measure_steps(
     torch.manual_seed(0)
     with device:
         model = build_model(config.model, PAPER.vocabulary)
-    prepare_blocks(model, config, device)
-    optimizer = build_optimizer(model, config.optimizer)
+    step = make_step(model, config, device)
     shares = MIX if case.content == "mix" else SPEECH_ONLY
     batches = [random_batch(config.model, rows, units, seed, PAPER, shares) for seed in range(4)]
-
-    def step(batch: Batch) -> float:
-        begun = _now(device)
-        batch = batch.to(device)
-        with torch.autocast(device.type, torch.bfloat16):
-            losses = model(batch)
-        (losses.sum() / batch.num_targets).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return _now(device) - begun
-
     begun = time.perf_counter()
     for number in range(WARM_UP):
         step(batches[number % len(batches)])
@@ -224,14 +211,40 @@ def measure_steps(
         "peak_memory_bytes": peak_memory,
         "profile": _profile(lambda: step(batches[0]), device),
     }
+    _tell(result)
+    return result
+
+
+def make_step(
+    model: LanguageModel, config: TrainConfig, device: torch.device
+) -> Callable[[Batch], float]:
+    """A function that takes an optimizer step on a batch, and returns its seconds."""
+    prepare_blocks(model, config, device)
+    optimizer = build_optimizer(model, config.optimizer)
+
+    def step(batch: Batch) -> float:
+        begun = _now(device)
+        batch = batch.to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            losses = model(batch)
+        (losses.sum() / batch.num_targets).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return _now(device) - begun
+
+    return step
+
+
+def _tell(result: dict[str, Any]) -> None:
     mfu = "" if result["mfu"] is None else f"MFU {result['mfu']:.1%}, "
     print(
-        f"{case.name}: {rows} × {units} units, {median * 1e3:.0f} ms a step, "
+        f"{result['case']}: {result['rows']} × {result['units_per_row']} units, "
+        f"{result['seconds_per_step']['median'] * 1e3:.0f} ms a step, "
         f"{result['units_per_second']:,.0f} units/s, {result['tokens_per_second']:,.0f} tokens/s, "
-        f"{mfu}warm-up {warm_up:.0f} s",
+        f"{mfu}warm-up {result['warm_up_seconds']:.0f} s",
         flush=True,
     )
-    return result
 
 
 def _now(device: torch.device) -> float:
