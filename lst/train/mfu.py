@@ -64,5 +64,8 @@ def find_peak(device: torch.device, peak_tflops: float | None) -> Peak | None:
 def describe(peak: Peak | None, device: torch.device, world_size: int) -> str:
     """The line that a run opens with, so that its MFU can be told from another's."""
     if peak is None:
-        return f"MFU is not measured: the peak of this {device.type} is not known; --peak-tflops"
+        return (
+            f"MFU is not reported: the peak FLOP/s of this {device.type} is unknown "
+            "(--peak-tflops gives it)"
+        )
     return FORMULA.format(gpus=world_size, peak=peak)
