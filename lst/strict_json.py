@@ -13,6 +13,7 @@ import dataclasses
 import json
 import types
 import typing
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -27,6 +28,8 @@ __all__ = [
     "read_json",
     "read_json_lines",
     "read_strictly",
+    "seal",
+    "unseal",
 ]
 
 T = TypeVar("T")
@@ -71,6 +74,19 @@ def expect_unicode(text: str, where: str) -> None:
         raise UserError(
             f"{where}: expected text, got half a surrogate pair at character {error.start + 1}"
         ) from None
+
+
+def seal(content: str) -> str:
+    """JSON with its checksum, for files that a command goes on with: damage to it is seen."""
+    return f'{{"crc32": {zlib.crc32(content.encode())}, "of": {content}}}'
+
+
+def unseal(values: Any, where: str) -> Any:
+    """What the JSON of :func:`seal` holds. Raises UserError where it is not what was written."""
+    content = values.get("of") if isinstance(values, dict) else None
+    if values != {"crc32": zlib.crc32(json.dumps(content).encode()), "of": content}:
+        raise UserError(f"{where}: damaged: expected the content of its checksum, got another")
+    return content
 
 
 def read_strictly(kind: type[T], values: Any, where: str) -> T:

@@ -1,5 +1,7 @@
 """What a file of JSON should not hold is one line that names the file, the line and the key."""
 
+import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -7,7 +9,15 @@ from typing import Any, Literal
 import pytest
 
 from lst.errors import UserError
-from lst.strict_json import expect_unicode, parse_json, read_json, read_json_lines, read_strictly
+from lst.strict_json import (
+    expect_unicode,
+    parse_json,
+    read_json,
+    read_json_lines,
+    read_strictly,
+    seal,
+    unseal,
+)
 
 
 @dataclass(frozen=True)
@@ -124,3 +134,14 @@ def test_half_a_surrogate_pair_is_no_text() -> None:
         UserError, match=r"^f: expected text, got half a surrogate pair at character 2$"
     ):
         expect_unicode(parse_json(r'"x\ud83e"', "f"), "f")
+
+
+def test_sealed_values_are_those_that_were_sealed_or_refused() -> None:
+    values = {"text": "é \ud800 \u2028", "numbers": [1, -0.0, 1e308, float("inf")], "none": None}
+    content = seal(json.dumps(values))
+    assert unseal(parse_json(content, "f"), "f") == values
+    for place in range(len(content)):
+        for other in ("1", "x", ""):
+            altered = content[:place] + other + content[place + 1 :]
+            with suppress(UserError):
+                assert unseal(parse_json(altered, "f"), "f") == values  # a blank more or less

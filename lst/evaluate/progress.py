@@ -18,11 +18,18 @@ from typing import Any, Self
 from lst.errors import UserError
 from lst.evaluate.choice import Likelihood
 from lst.files import writing
-from lst.strict_json import read_json_lines, read_strictly
+from lst.strict_json import read_json_lines, read_strictly, seal, unseal
 
 __all__ = ["Progress"]
 
 SUFFIX = ".answers.jsonl"
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """The first line: what the answers depend on."""
+
+    of: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ class Progress:
         if self._file is None:
             return
         with writing(self.path):
-            self._file.write(json.dumps(values, ensure_ascii=False).encode() + b"\n")
+            self._file.write(f"{seal(json.dumps(values))}\n".encode())
             self._file.flush()
 
     def _read(self, of: dict[str, Any]) -> None:
@@ -101,11 +108,9 @@ class Progress:
             self._write({"of": of})
             return
         (_, where, first), *answers = lines
-        before = first.get("of") if isinstance(first, dict) else None
-        if not isinstance(before, dict):
-            raise UserError(f"{where}: expected what the answers depend on, got something else")
+        before = read_strictly(_Begun, unseal(first, where), where).of
         for _, where, values in answers:
-            answer = read_strictly(_Answer, values, where)
+            answer = read_strictly(_Answer, unseal(values, where), where)
             self._answers[answer.mode, answer.question] = answer.endings
         for name in of.keys() | before.keys():
             if of.get(name) != before.get(name):

@@ -20,7 +20,6 @@ import fcntl
 import json
 import re
 import shutil
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -61,7 +60,14 @@ from lst.prepare.sources import (
 from lst.prepare.speech import Studio
 from lst.prepare.text import text_records
 from lst.speech.units import UnitEncoder, UnitsConfig, load_units
-from lst.strict_json import parse_json, read_json, read_json_lines, read_strictly
+from lst.strict_json import (
+    parse_json,
+    read_json,
+    read_json_lines,
+    read_strictly,
+    seal,
+    unseal,
+)
 
 if TYPE_CHECKING:
     from lst.speech.alignment import CTCAligner
@@ -270,7 +276,7 @@ def plan_corpus(config: CorpusConfig) -> Plan:
         _aligner(config.aligner, config.device)  # told before it is in the plan that it is none
     inputs = _with_unique_ids(list_inputs(config))
     num_inputs = num_shards = 0
-    while lines := [_seal(to_json(each)) for each in islice(inputs, _shard_inputs(config))]:
+    while lines := [seal(to_json(each)) for each in islice(inputs, _shard_inputs(config))]:
         if (config.out / PLAN).is_file():  # of a rank that was faster, and may have made it all
             return plan_corpus(config)
         make_folder(_work(config))  # once there is something to prepare
@@ -446,7 +452,7 @@ def _make_shard(
             ),
             skipped=[each for each in found if isinstance(each, Skipped)],
         )
-        write_atomically(_report_path(work, index), _seal(json.dumps(asdict(report))) + "\n")
+        write_atomically(_report_path(work, index), seal(json.dumps(asdict(report))) + "\n")
         journal_path.unlink()
     return report
 
@@ -454,7 +460,7 @@ def _make_shard(
 def _read_inputs(path: Path, kind: str, number: int) -> list[Input]:
     """Raises UserError where they are not the ones that were planned, as far as it shows."""
     lines = read_json_lines(path)
-    inputs = [from_json(kind, _unseal(values, where), where) for _, where, values in lines]
+    inputs = [from_json(kind, unseal(values, where), where) for _, where, values in lines]
     if len(inputs) != number:
         raise UserError(f"{path}: expected {number} inputs, got {len(inputs)}")
     return inputs
@@ -493,13 +499,13 @@ def _journal(path: Path) -> Iterator[tuple[list[list[Outcome]], BinaryIO]]:
 
 def _entry(outcomes: list[Outcome]) -> bytes:
     """A line of the journal: what came of an input."""
-    return f"{_seal(json.dumps([_outcome_json(each) for each in outcomes]))}\n".encode()
+    return f"{seal(json.dumps([_outcome_json(each) for each in outcomes]))}\n".encode()
 
 
 def _outcomes_of(line: bytes) -> list[Outcome] | None:
     """What :func:`_entry` was given; None of a line that is not whole."""
     try:
-        return [_outcome_of(each) for each in _unseal(parse_json(line, ""), "")]
+        return [_outcome_of(each) for each in unseal(parse_json(line, ""), "")]
     except UserError:
         return None
 
@@ -523,23 +529,10 @@ def _outcome_of(fields: dict[str, Any]) -> Outcome:
     )
 
 
-def _seal(content: str) -> str:
-    """JSON with its checksum: what a disk or a kill does to a file in work does not go unseen."""
-    return f'{{"crc32": {zlib.crc32(content.encode())}, "of": {content}}}'
-
-
-def _unseal(values: Any, where: str) -> Any:
-    """What the JSON of :func:`_seal` holds. Raises UserError where it is not what was written."""
-    content = values.get("of") if isinstance(values, dict) else None
-    if values != {"crc32": zlib.crc32(json.dumps(content).encode()), "of": content}:
-        raise UserError(f"{where}: damaged: expected the content of its checksum, got another")
-    return content
-
-
 def _read_report(work: Path, plan: Plan, index: int) -> ShardReport:
     """Raises UserError where it is damaged, FileNotFoundError where it is not there."""
     path = _report_path(work, index)
-    values = _unseal(parse_json(path.read_bytes(), str(path)), str(path))
+    values = unseal(parse_json(path.read_bytes(), str(path)), str(path))
     report = read_strictly(ShardReport, values, str(path))
     got = (None if report.shard is None else report.shard.info.name, report.num_inputs)
     if got[0] not in (None, shard_name(index)) or got[1] != plan.inputs_of(index):

@@ -308,6 +308,13 @@ def test_a_stopped_evaluation_goes_on_where_it_was(
     assert counted.number == 17 + 24 - 16
     for one, other in zip(again["scores"], whole["scores"], strict=True):
         assert one == other
+    # An answer that is no longer the one that was given is not taken.
+    kept = answers.read_text()
+    line = kept.splitlines()[3]
+    answers.write_text(kept.replace(line, line.replace('"ending": -', '"ending": -9', 1)))
+    with pytest.raises(UserError, match=r"out\.json\.answers\.jsonl, line 4: damaged"):
+        run(*options)
+    answers.write_text(kept)
     # Done: nothing is asked again, and another mode asks only for itself.
     counted.number = 0
     assert run(*options)["scores"] == again["scores"]

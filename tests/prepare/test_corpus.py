@@ -21,6 +21,7 @@ from lst.prepare.executors import ExecutorConfig, SlurmConfig, make_executor
 from lst.prepare.sources import Utterance
 from lst.prepare.speech import Studio
 from lst.speech import units
+from lst.strict_json import seal
 
 soundfile = pytest.importorskip("soundfile")
 
@@ -127,7 +128,7 @@ def sealed(text, change=None):
     """Other content with the checksum that it should have, on a line."""
     if change is not None:
         text = json.dumps(json.loads(text)["of"]).replace(*change)
-    return corpus._seal(text.rstrip("\n")) + "\n"
+    return seal(text.rstrip("\n")) + "\n"
 
 
 INPUTS, SHARD, REPORT = "inputs-00001.jsonl", "shard-00000.parquet", "shard-00000.json"
