@@ -1,7 +1,8 @@
 """What a user can mend, told in one line.
 
-A command of this package ends in one of three ways: it succeeds (exit code 0), the user can mend
-something (one line on stderr, exit code 2), or the program is at fault (a traceback, exit code 1).
+A command of this package ends in one of four ways: it succeeds (exit code 0), the user can mend
+something (one line on stderr, exit code 2) or interrupts it (exit code 130), or the program is at
+fault (a traceback, exit code 1).
 """
 
 import errno
@@ -91,6 +92,9 @@ def run_command(main: Callable[[], None]) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
+    except KeyboardInterrupt:
+        tell("interrupted", sys.stderr)
+        raise SystemExit(130) from None
     except UserError as error:
         message = str(error)
     except OSError as error:

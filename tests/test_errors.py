@@ -137,3 +137,13 @@ def test_a_line_that_cannot_be_printed_is_let_go(capsys):
         full.close()
     tell("a")
     assert capsys.readouterr().out == "a\n"
+
+
+def test_who_interrupts_a_command_sees_no_traceback(capsys):
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        run_command(main)
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"

@@ -50,12 +50,14 @@ _child: tuple[int, int] | None = None  # its number, and where it is written to
 
 
 def begin() -> None:
-    """Keep signals for the run, print this process's stacks where STACKS asks for them, and watch
-    it, which has not started any thread; where /proc does not tell of it, or not of the bytes that
-    it reads, do not."""
+    """Watch this process, which has not started any thread, where /proc tells enough of it. Besides,
+    keep the signals that a run obeys until there is one, let Ctrl-C end what comes before it without
+    a traceback, and print stacks where STACKS asks for them."""
     global _child
     for number in SIGNALS:
         signal.signal(number, lambda number, _: asked.append(number))
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not that of a job of nohup
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     faulthandler.register(STACKS, sys.__stderr__ or 2)
     patience = _patience(sys.argv[1:])
     if patience == 0 or not os.access(PROC / "self" / "io", os.R_OK):

@@ -255,6 +255,17 @@ def test_a_hang_timeout_of_zero_is_for_ever(start: Start) -> None:
     assert "ChildProcessError" in process.communicate()[1]
 
 
+@pytest.mark.parametrize("ignored", [False, True])
+def test_ctrl_c_ends_a_command_that_imports_without_a_word(start: Start, ignored: bool) -> None:
+    """But not one that runs in a shell's background, where it is ignored from the start."""
+    ask = "os.kill(os.getpid(), signal.SIGINT); print('there')"
+    at_first = "SIG_IGN" if ignored else "default_int_handler"
+    before = f"import signal; signal.signal(signal.SIGINT, signal.{at_first})\n"
+    process = start("-c", before + BEGIN + ask)
+    assert process.communicate() == ("there\n" if ignored else "", "")
+    assert process.returncode == (0 if ignored else -signal.SIGINT)
+
+
 @pytest.mark.parametrize("patience", [0, USUAL])
 def test_a_rank_prints_its_stacks_when_it_is_asked_to(start: Start, patience: float) -> None:
     ask = "os.kill(os.getpid(), signal.SIGUSR2); time.sleep(0.1); monitor.end(); print('there')"
