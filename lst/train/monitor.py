@@ -50,9 +50,11 @@ _child: tuple[int, int] | None = None  # its number, and where it is written to
 
 
 def begin() -> None:
-    """Watch this process, which has not started any thread, where /proc tells enough of it. Besides,
-    keep the signals that a run obeys until there is one, let Ctrl-C end what comes before it without
-    a traceback, and print stacks where STACKS asks for them."""
+    """Watch this process, which has not started any thread, where /proc tells enough of it.
+
+    Besides, keep the signals that a run obeys until there is one, let Ctrl-C end what comes before
+    it without a traceback, and print stacks where STACKS asks for them.
+    """
     global _child
     for number in SIGNALS:
         signal.signal(number, lambda number, _: asked.append(number))
