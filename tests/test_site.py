@@ -152,7 +152,7 @@ def test_the_reference_has_the_comments_of_fields(site):
     pages = {path.name: path.read_text() for path in site if path.parent.name == "api"}
     for comment in ("int32, token offset of each patch; last = T", "scores needed: the sum of"):
         assert comment in pages["kernels.html"]
-    assert "of the initial weights, the order of the data and the interleaving" in pages["lst.html"]
+    assert "for the initial weights, the order of the data and" in pages["lst.html"]
     assert not re.search("::</p>", "".join(pages.values()))
 
 
