@@ -275,10 +275,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     options = parser.parse_args()
     expect_positive(options, "minutes", "steps")
-    make_folder(options.out)
     about = describe_machine()
     if not (options.corpus / "corpus.json").is_file():
         raise UserError(f"{options.corpus}: no demo corpus here: python -m lst.prepare demo")
+    make_folder(options.out)
     if not (options.model / "training.json").is_file():
         examples = [
             sentence

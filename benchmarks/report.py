@@ -403,8 +403,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--out", type=Path, default=Path("docs/performance.md"))
     options = parser.parse_args()
-    if options.out.is_dir():
-        raise UserError(f"--out {options.out}: expected a file to write, got a folder")
+    if options.out.is_dir() or not options.out.suffix:  # the plots' folder has the name without
+        raise UserError(f"--out {options.out}: expected a file to write, such as performance.md")
     results = read_results(options.results)
     make_folder(options.out.parent)
     folder = options.out.with_suffix("")

@@ -181,7 +181,6 @@ def main() -> None:
     parser.add_argument("--stories", type=int, default=32, help="of each held-out part")
     options = parser.parse_args()
     expect_positive(options, "minutes", "steps", "stories")
-    make_folder(options.out)
     about = describe_machine()
     for needed, made_by in (
         (options.corpus / "corpus.json", "lst.prepare demo"),
@@ -189,6 +188,7 @@ def main() -> None:
     ):
         if not needed.is_file():
             raise UserError(f"{needed}: not here yet: python -m {made_by}")
+    make_folder(options.out)
     if not (options.recordings / MANIFEST).is_file():
         corpus = options.corpus / "train/speech"
         recordings = RecordingsConfig(

@@ -287,7 +287,8 @@ def _requests(config: GenerateConfig, loaded: Loaded) -> list[Request]:
                 "--seconds: expected a model of units, each 40 ms, got one of a speech BPE, whose "
                 "pieces differ; --max-tokens"
             )
-        sampling = replace(sampling, max_tokens=max(1, round(config.seconds * FRAMES_PER_SECOND)))
+        frames = min(config.seconds * FRAMES_PER_SECOND, 2**62)  # as good as without end
+        sampling = replace(sampling, max_tokens=max(1, round(frames)))
     if config.prompts is not None:
         return read_requests(config.prompts, sampling, loaded.listen)
     spans = [audio_or_text(part, loaded.listen) for part in config.prompt]

@@ -395,6 +395,11 @@ def test_audio_that_is_too_long_or_silent(run: Run, tmp_path: Path) -> None:
     assert "b.wav: expected speech, got silence" in run("--prompt", "b.wav", fails=True)
 
 
+def test_seconds_beyond_measure_are_as_many_as_the_context_holds(run: Run) -> None:
+    options = ("--prompt", "fox", "--modality", "speech", "--context", "8", "--seed", "1")
+    assert run(*options, "--seconds", "1e308") == run(*options, "--max-tokens", "1000000")
+
+
 def test_the_codebook_of_another_model(model: Path, run: Run, tmp_path: Path) -> None:
     own = LogMelKMeans.load(model / "codebook.safetensors")
     LogMelKMeans(own.centroids + 1, own.log_mels).save(tmp_path / "other.safetensors")
