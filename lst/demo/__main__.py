@@ -18,7 +18,7 @@ import tyro
 from lst.demo.examples import corpus_examples
 from lst.demo.page import import_gradio, launch_settings, make_page
 from lst.demo.session import Limits, Session
-from lst.errors import UserError, expect_positive, run_command
+from lst.errors import UserError, expect_option, expect_positive, run_command
 from lst.generate.prompt import open_units
 from lst.pretrained import Pretrained
 from lst.speech.sound import UnitVoice, load_voice
@@ -64,6 +64,10 @@ class DemoConfig:
         if not 0 <= self.port < 65536:
             raise UserError(f"--port: expected a port up to 65535, got {self.port}")
         expect_positive(self, "max_seconds", "max_megabytes", "max_tokens", "time_limit")
+        most = 10**6  # a page's numbers have limits of their own
+        expect_option(
+            self.max_megabytes <= most, "max_megabytes", f"at most {most:,}", self.max_megabytes
+        )
 
 
 def open_session(config: DemoConfig) -> Session:

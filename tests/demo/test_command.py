@@ -24,6 +24,7 @@ def own_environment(monkeypatch):
         ({"port": 65536}, "--port: expected a port up to 65535, got 65536"),
         ({"max_seconds": 0.0}, "--max-seconds: expected more than 0, got 0.0"),
         ({"max_tokens": -1}, "--max-tokens: expected 1 or more, got -1"),
+        ({"max_megabytes": 1e20}, r"--max-megabytes: expected at most 1,000,000, got 1e\+20"),
         ({"time_limit": float("nan")}, "--time-limit: expected more than 0, got nan"),
     ],
 )
