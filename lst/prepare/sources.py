@@ -55,6 +55,10 @@ class Sources:
     manifest: tuple[Path, ...] = ()  # .csv or .jsonl with audio, text, speaker, … (docs/data.md)
     text: tuple[Path, ...] = ()  # .txt (a record a line), .jsonl, .parquet, or folders of them
     authors: tuple[Path, ...] = ()  # the JSONL of the paper's public code, which has units
+    allow_commands: bool = False  # run the shell commands that lhotse manifests name as audio
+
+
+KINDS = ("cuts", "recordings", "supervisions", "folder", "manifest", "text", "authors")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +104,7 @@ Input = Utterance | Part
 
 def source_kind(sources: Sources) -> str:
     """The one kind that is given, a field of :class:`Sources`. Raises UserError for none or two."""
-    given = [name for name in Sources.__dataclass_fields__ if getattr(sources, name)]
+    given = [name for name in KINDS if getattr(sources, name)]
     if given == ["recordings", "supervisions"]:
         return "recordings"
     if len(given) != 1 or given == ["supervisions"]:
@@ -120,16 +124,9 @@ def list_inputs(sources: Sources) -> Iterator[Input]:
             with nothing to prepare; lhotse manifests without lhotse.
     """
     kind = source_kind(sources)
-    if kind == "cuts":
-        from lst.prepare.manifests import list_cuts
-
-        return list_cuts(sources.cuts)
-    if kind == "recordings":
-        from lst.prepare.manifests import list_recordings, list_supervisions
-
-        if sources.supervisions:
-            return list_supervisions(sources.recordings, sources.supervisions)
-        return list_recordings(sources.recordings)
+    if kind in ("cuts", "recordings"):
+        listed = _list_lhotse(sources)
+        return listed if sources.allow_commands else map(_expect_no_command, listed)
     if kind == "folder":
         assert sources.folder is not None
         return _list_folder(sources.folder)
@@ -137,6 +134,27 @@ def list_inputs(sources: Sources) -> Iterator[Input]:
         return _list_manifests(sources.manifest)
     paths = sources.text if kind == "text" else sources.authors
     return _list_parts(paths, TEXT_SUFFIXES if kind == "text" else None)
+
+
+def _list_lhotse(sources: Sources) -> Iterator[Utterance]:
+    from lst.prepare.manifests import list_cuts, list_recordings, list_supervisions
+
+    if sources.cuts:
+        return list_cuts(sources.cuts)
+    if sources.supervisions:
+        return list_supervisions(sources.recordings, sources.supervisions)
+    return list_recordings(sources.recordings)
+
+
+def _expect_no_command(each: Utterance) -> Utterance:
+    assert isinstance(each.audio, dict)
+    for source in each.audio["sources"]:
+        if source["type"] == "command":
+            raise UserError(
+                f"{each.where}: its audio is what a shell command prints; to run those of a "
+                f"manifest that you trust, give --allow-commands"
+            )
+    return each
 
 
 def fingerprint(sources: Sources) -> dict[str, dict[str, str]]:

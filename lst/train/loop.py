@@ -93,7 +93,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> None:
             status.stopped()
             if world.is_main:
                 go_on = f"python -m lst.train --resume {config.out}"
-                tell(f"{stopped}; go on by: {go_on}")
+                tell(f"{stopped}; resume with: {go_on}")
         except (SharedError, KeyboardInterrupt):
             raise
         except Exception as error:
@@ -238,7 +238,7 @@ def find_resumed(config: TrainConfig, world: World) -> Path | None:
             tell(message)
 
     checkpoint = newest_checkpoint(config.out, world, say)
-    say(f"{config.out}: going on from {checkpoint or 'the start, as it has no checkpoint yet'}")
+    say(f"{config.out}: resuming from {checkpoint or 'the start, as it has no checkpoint yet'}")
     return checkpoint
 
 

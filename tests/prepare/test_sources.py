@@ -196,6 +196,31 @@ def test_a_cut_with_several_supervisions_is_one_record(tmp_path, session, senten
     assert [word.word for word in record.words] == record.text.split()
 
 
+@pytest.mark.parametrize("kind", ["cuts", "recordings", "supervisions"])
+def test_commands_of_a_manifest_run_only_where_they_are_allowed(tmp_path, session, prepare, kind):
+    from lhotse import CutSet
+
+    ran, audio = tmp_path / "ran", tmp_path / "session.flac"
+    recordings, supervisions = session
+    (recording,) = recordings
+    (source,) = recording.sources
+    source.type, source.source = "command", f"touch {ran}; cat {audio}"
+    recordings.to_file(tmp_path / "commands.jsonl")
+    CutSet.from_manifests(recordings, supervisions).to_file(tmp_path / "cuts.jsonl")
+    manifests = {"recordings": (tmp_path / "commands.jsonl",), "untranscribed": True}
+    if kind == "cuts":
+        manifests = {"cuts": (tmp_path / "cuts.jsonl",)}
+    if kind == "supervisions":
+        manifests["supervisions"] = (tmp_path / "supervisions.jsonl.gz",)
+    with pytest.raises(UserError, match=r"jsonl.*, line 1, .*a shell command prints; .*--allow-c"):
+        prepare(**manifests)
+    assert not ran.exists()
+    assert not (tmp_path / "made" / "dataset.json").exists()
+    (first, *_) = prepare(**manifests, allow_commands=True)
+    assert ran.exists()
+    assert len(first.units)
+
+
 def test_a_channel_is_heard_alone(tmp_path, session, codebook, prepare):
     prepare_all = {"recordings": (tmp_path / "recordings.jsonl.gz",), "untranscribed": True}
     (mixed,) = prepare(tmp_path / "mixed", **prepare_all)

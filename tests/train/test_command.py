@@ -163,19 +163,19 @@ def test_resume_auto_starts_a_run_and_goes_on_with_it(
     command = ["tiny", "--resume", "auto", "--out", str(run.out), "--steps", "2"]
     assert parse(command) == Command(config=replace(run, steps=2))
     assert call(monkeypatch, *command) == 0
-    assert "going on from" not in capsys.readouterr().out
+    assert "resuming from" not in capsys.readouterr().out
 
     (newest,) = (run.out / "checkpoints").iterdir()
     going_on = Command(config=replace(run, steps=2), resume=str(run.out))
     assert parse(command) == going_on
     assert call(monkeypatch, *command) == 0
-    assert f"{run.out}: going on from {newest}\n" in capsys.readouterr().out
+    assert f"{run.out}: resuming from {newest}\n" in capsys.readouterr().out
     assert parse(["--resume=auto", f"--out={run.out}"]) == going_on
 
     newest.rename(newest.with_name(f".{newest.name}.tmp"))  # as if killed in its first save
     assert call(monkeypatch, *command) == 0
     said = capsys.readouterr().out
-    assert f"{run.out}: going on from the start, as it has no checkpoint yet\n" in said
+    assert f"{run.out}: resuming from the start, as it has no checkpoint yet\n" in said
     assert [path.name for path in (run.out / "checkpoints").iterdir()] == [newest.name]
 
 
@@ -196,7 +196,7 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(
         f"{fourth}: expected a complete checkpoint; model/model.safetensors: expected SHA-256"
     )
     assert said.startswith(f"passed over: {expected} ")
-    assert f"\n{run.out}: going on from {second}\n" in said
+    assert f"\n{run.out}: resuming from {second}\n" in said
     assert size_faults(fourth) == []
     assert [json.loads(line)["loss"] for line in metrics.splitlines()] == [
         json.loads(line)["loss"] for line in (run.out / "metrics.jsonl").read_text().splitlines()

@@ -177,7 +177,7 @@ def test_a_signal_lets_the_step_finish_and_the_run_goes_on(
     said = capsys.readouterr().out
     assert (
         f"{number.name}: stopped after step {step}; "
-        f"go on by: python -m lst.train --resume {stopped.out}" in said
+        f"resume with: python -m lst.train --resume {stopped.out}" in said
     )
     assert len(losses(stopped)) == step
     train(stopped, resume=True)

@@ -103,7 +103,8 @@ def test_two_processes_train_as_one_and_go_on_bit_for_bit(tiny: Tiny) -> None:
     assert code == 0, err
     assert out.count("step 6/6") == 2  # rank 0 alone speaks
     assert (
-        out.count(f"stopped after step 3; go on by: python -m lst.train --resume {parts.out}") == 1
+        out.count(f"stopped after step 3; resume with: python -m lst.train --resume {parts.out}")
+        == 1
     )
 
     for a, b in zip(train_lines(one), train_lines(two), strict=True):

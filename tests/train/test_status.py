@@ -84,7 +84,7 @@ def test_a_signal_before_the_first_step_ends_the_run_at_once_and_it_can_go_on(
         patch.setattr(loop, where, before(getattr(loop, where), lambda: ask(number)))
         patch.setattr(loop, "backward", lambda *_, **__: pytest.fail("a step was taken"))
         train(config)
-    assert f"{number.name}: stopped after step 0; go on by: " in capsys.readouterr().out
+    assert f"{number.name}: stopped after step 0; resume with: " in capsys.readouterr().out
     if where == "open_corpus":  # before there is a folder
         assert not config.out.exists()
         train(config)
@@ -215,4 +215,4 @@ def test_a_signal_to_the_whole_job_stops_it_with_code_0_workers_and_all(
     got = status(config)
     assert (got["state"], got["signal"]) == ("stopped", "SIGUSR1")
     assert got["checkpoint"] == f"checkpoints/step-{got['step']:08d}"
-    assert f"SIGUSR1: stopped after step {got['step']}; go on by: " in out
+    assert f"SIGUSR1: stopped after step {got['step']}; resume with: " in out

@@ -606,7 +606,7 @@ def test_a_signal_that_comes_as_the_command_imports_ends_it_with_code_0(
     assert ranks.codes == [0, 0], ranks.printed()
     got = json.loads((config.out / "status.json").read_text())
     assert (got["state"], got["signal"], got["step"]) == ("stopped", "SIGUSR1", 0)
-    assert ranks.printed(0).count("SIGUSR1: stopped after step 0; go on by: ") == 1
+    assert ranks.printed(0).count("SIGUSR1: stopped after step 0; resume with: ") == 1
 
 
 @needs_proc
