@@ -168,7 +168,7 @@ class MetricsLog:
         if not active:
             return
         self._lines = drop_lines_after(config.out / METRICS, step)
-        drop_lines_after(config.out / EVENTS, step)
+        drop_lines_after(config.out / EVENTS, step, check=_log_line)
         self._metrics = _LineFile(config.out / METRICS, self.say)
         self._events = _LineFile(config.out / EVENTS, self.say)
         self._board = _open_board(config.out / TENSORBOARD, step)
@@ -391,9 +391,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [_metrics_line(values, where) for _, where, values in read_json_lines(path)]
 
 
-def _metrics_line(values: Any, where: str) -> dict[str, Any]:
+def _log_line(values: Any, where: str) -> dict[str, Any]:
     if not isinstance(values, dict) or type(values.get("step")) is not int:
         raise UserError(f"{where}: expected an object with a step, got {json.dumps(values)[:80]}")
+    return values
+
+
+def _metrics_line(values: Any, where: str) -> dict[str, Any]:
+    values = _log_line(values, where)
     for name, value in values.items():
         kind, what = (str, "a name") if name == "split" else (int | float | None, "a number")
         if not isinstance(value, kind):
@@ -401,10 +406,15 @@ def _metrics_line(values: Any, where: str) -> dict[str, Any]:
     return values
 
 
-def drop_lines_after(path: Path, step: int) -> list[dict[str, Any]]:
-    """Cut ``metrics.jsonl`` back to ``step``; the lines that are left.
+def drop_lines_after(
+    path: Path, step: int, *, check: Callable[[Any, str], dict[str, Any]] = _metrics_line
+) -> list[dict[str, Any]]:
+    """Cut ``metrics.jsonl`` or ``events.jsonl`` back to ``step``; the lines that are left.
 
     A run that was killed can have written lines after its last checkpoint, the last one torn.
+
+    Args:
+        check: gives a line from its values and where it is; a UserError is damage.
 
     Raises:
         UserError: a line that is not after ``step`` is damaged; it cannot be read or written.
@@ -419,7 +429,7 @@ def drop_lines_after(path: Path, step: int) -> list[dict[str, Any]]:
             continue
         where = f"{path}, line {number}"
         try:
-            line = _metrics_line(parse_json(text, where), where)
+            line = check(parse_json(text, where), where)
         except UserError as error:
             damage = damage or error
             continue

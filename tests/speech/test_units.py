@@ -217,7 +217,7 @@ def test_damaged_codebook_is_refused(tmp_path: Path, codebook: LogMelKMeans) -> 
     with pytest.raises(UserError, match="no codebook could be read here"):
         LogMelKMeans.load(path)
     path.write_bytes(content.replace(rb"\"sha256\":", rb"\"sha256\" "))
-    with pytest.raises(UserError, match="no codebook could be read here"):
+    with pytest.raises(UserError, match=r"codebook\.safetensors: expected JSON, got"):
         LogMelKMeans.load(path)
     with pytest.raises(UserError, match="expected the file of a codebook, got a folder"):
         LogMelKMeans.load(tmp_path)
