@@ -180,6 +180,27 @@ def test_a_folder_that_holds_another_run_keeps_its_status(tiny: Tiny) -> None:
     assert status(config) == before
 
 
+def test_what_ended_another_process_first_stays_the_reason(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a rank that was ended from beside, which this one then misses."""
+    config = tiny(steps=2)
+
+    def fail() -> None:
+        told = status(config) | {"state": "failed", "reason": "rank 1 hangs"}
+        (config.out / "status.json").write_text(json.dumps(told))
+        raise RuntimeError("rank 1 died")
+
+    monkeypatch.setattr(loop, "backward", before(loop.backward, fail))
+    with pytest.raises(RuntimeError, match="rank 1 died"):
+        train(config)
+    assert (status(config)["state"], status(config)["reason"]) == ("failed", "rank 1 hangs")
+    monkeypatch.setattr(loop, "backward", before(loop.backward, lambda: 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        train(config, resume=True)  # what ended the run before is no reason of this one's
+    assert "ZeroDivisionError" in status(config)["reason"]
+
+
 # The command itself, in a process group of its own.
 GROUP = """
 import os
