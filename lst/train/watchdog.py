@@ -236,8 +236,9 @@ class Watchdog:
 
     def stepped(self) -> None:
         """A step is done: what can be lost from here on is waited for."""
+        if not self._started:
+            monitor.all_is_well(stepped=True)
         self._started = True
-        monitor.all_is_well(stepped=True)
 
     def failed(self, reason: str) -> None:
         """The main thread leaves by an exception that other ranks may not share.

@@ -589,6 +589,18 @@ def test_a_rank_that_hangs_with_pythons_lock_is_ended_and_status_says_why(
 
 
 @needs_proc
+def test_a_watchdog_that_looks_is_never_silent_however_long_the_run(tiny: Tiny, job: Job) -> None:
+    slow = FROM_BESIDE.replace("monitor.begin", "monitor.SLOW = 4.0\nmonitor.begin")
+    config = endless(tiny, 4.0)
+    ranks = job(config, first=slow)
+    wait_for_lines(config, 1, ranks)
+    time.sleep(2 * 4.0)
+    wait_for_lines(config, 1, ranks)
+    os.kill(ranks.pids[0], signal.SIGTERM)
+    assert ranks.codes == [0], ranks.printed()
+
+
+@needs_proc
 def test_a_rank_that_is_stopped_is_ended_though_it_is_alone(tiny: Tiny, job: Job) -> None:
     stop = in_step(3, "os.kill(os.getpid(), signal.SIGSTOP)")
     config = endless(tiny, 6.0)
